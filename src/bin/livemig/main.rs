@@ -1,0 +1,3 @@
+//! The `livemig` command.
+
+fn main() {}

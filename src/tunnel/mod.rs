@@ -1,0 +1,5 @@
+//! tunnel
+
+mod hop_id;
+
+pub use hop_id::{HopId, HopIdError};
