@@ -1,0 +1,223 @@
+//! TLS 1.3 in which a key is either known or refused.
+//!
+//! The certificates only carry keys. Nothing in them is looked at but the key; what makes a key
+//! good is that it is pinned, and that the other side signs the handshake with it. Sessions are
+//! never resumed: a resumed one would not ask whether the key is still known.
+
+use std::sync::{Arc, OnceLock};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig,
+    SignatureScheme,
+};
+
+use super::{Error, Fingerprint, Identity, Invites, Peers, Result};
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+/// What both verifiers do alike: the handshake must be signed with the key in the certificate.
+#[derive(Debug)]
+struct Signatures(Arc<CryptoProvider>);
+
+impl Signatures {
+    fn verify(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// TLS 1.2 is not offered, so this is never reached.
+fn no_tls12() -> Result<HandshakeSignatureValid, rustls::Error> {
+    Err(rustls::Error::General("only TLS 1.3 is spoken here".into()))
+}
+
+fn fingerprint(certificate: &CertificateDer<'_>) -> Result<Fingerprint, rustls::Error> {
+    Fingerprint::of_certificate(certificate)
+        .map_err(|_| rustls::Error::InvalidCertificate(CertificateError::BadEncoding))
+}
+
+/// Accepts the one host that is meant, at the calling side.
+#[derive(Debug)]
+pub(super) struct PinnedServer {
+    signatures: Signatures,
+    expected: Fingerprint,
+    found: OnceLock<Fingerprint>,
+}
+
+impl PinnedServer {
+    /// The fingerprint that the other side showed, if it was not the expected one.
+    pub(super) fn other(&self) -> Option<Fingerprint> {
+        self.found
+            .get()
+            .copied()
+            .filter(|found| *found != self.expected)
+    }
+}
+
+impl ServerCertVerifier for PinnedServer {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let found = fingerprint(end_entity)?;
+        // One verifier serves one connection, so this is set once.
+        let _ = self.found.set(found);
+        if found == self.expected {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(CertificateError::ApplicationVerificationFailure.into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        no_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.signatures.verify(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.signatures.schemes()
+    }
+}
+
+/// Accepts known peers at the agent; while an invitation is open, anybody who has a key.
+#[derive(Debug)]
+struct KnownClient {
+    signatures: Signatures,
+    peers: Peers,
+    invites: Invites,
+}
+
+impl ClientCertVerifier for KnownClient {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        true
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let found = fingerprint(end_entity)?;
+        let known = self
+            .peers
+            .by_fingerprint(found)
+            .and_then(|peer| Ok(peer.is_some() || self.invites.any_open()?));
+        match known {
+            Ok(true) => Ok(ClientCertVerified::assertion()),
+            Ok(false) => Err(CertificateError::ApplicationVerificationFailure.into()),
+            Err(error) => {
+                tracing::error!(%error, "a caller was refused because the known hosts cannot be read");
+                Err(CertificateError::ApplicationVerificationFailure.into())
+            }
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        no_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.signatures.verify(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.signatures.schemes()
+    }
+}
+
+/// TLS as the calling side speaks it, to one host only.
+pub(super) fn client(
+    identity: &Identity,
+    expected: Fingerprint,
+) -> Result<(Arc<ClientConfig>, Arc<PinnedServer>)> {
+    let provider = provider();
+    let verifier = Arc::new(PinnedServer {
+        signatures: Signatures(provider.clone()),
+        expected,
+        found: OnceLock::new(),
+    });
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(Error::TlsSetup)?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier.clone())
+        .with_client_auth_cert(vec![identity.certificate()], identity.key())
+        .map_err(Error::TlsSetup)?;
+    config.resumption = rustls::client::Resumption::disabled();
+    config.enable_sni = false;
+    Ok((Arc::new(config), verifier))
+}
+
+/// TLS as the agent speaks it.
+pub(super) fn server(
+    identity: &Identity,
+    peers: Peers,
+    invites: Invites,
+) -> Result<Arc<ServerConfig>> {
+    let provider = provider();
+    let verifier = Arc::new(KnownClient {
+        signatures: Signatures(provider.clone()),
+        peers,
+        invites,
+    });
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(Error::TlsSetup)?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(vec![identity.certificate()], identity.key())
+        .map_err(Error::TlsSetup)?;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
