@@ -1,0 +1,167 @@
+//! Socket diagnosis: which TCP and UDP sockets a namespace has and what waits in their queues.
+//!
+//! Before a container is frozen its sockets have to be quiet: CRIU drops what waits in a UDP
+//! socket's receive queue and refuses connections that wait to be accepted.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use neli::consts::socket::NlFamily;
+use serde::{Deserialize, Serialize};
+
+use super::{Body, Channel, Message, Namespace, Request, Result};
+
+/// `SOCK_DIAG_BY_FAMILY` of `linux/sock_diag.h`.
+const BY_FAMILY: u16 = 20;
+/// The size of `struct inet_diag_msg` of `linux/inet_diag.h`.
+const ANSWER: usize = 72;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
+
+/// What state a TCP socket is in (`enum` in `net/tcp_states.h`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "these are the names of RFC 9293, section 3.3.2")]
+pub enum State {
+    Established,
+    SynSent,
+    SynReceived,
+    FinWait1,
+    FinWait2,
+    TimeWait,
+    /// No connection; for UDP: a socket that is not connected.
+    Close,
+    CloseWait,
+    LastAck,
+    Listen,
+    Closing,
+    NewSynReceived,
+}
+
+impl State {
+    fn from_kernel(number: u8) -> Option<State> {
+        Some(match number {
+            1 => State::Established,
+            2 => State::SynSent,
+            3 => State::SynReceived,
+            4 => State::FinWait1,
+            5 => State::FinWait2,
+            6 => State::TimeWait,
+            7 => State::Close,
+            8 => State::CloseWait,
+            9 => State::LastAck,
+            10 => State::Listen,
+            11 => State::Closing,
+            12 => State::NewSynReceived,
+            _ => return None,
+        })
+    }
+}
+
+/// TCP or UDP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A TCP socket.
+    Tcp,
+    /// A UDP socket.
+    Udp,
+}
+
+/// One socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Socket {
+    /// TCP or UDP.
+    pub kind: Kind,
+    /// Its state.
+    pub state: State,
+    /// Its own address and port.
+    pub local: SocketAddr,
+    /// Its peer's, or the unspecified address and port 0 without one.
+    pub remote: SocketAddr,
+    /// Bytes that the program has not read yet. For a listening socket: connections that wait to
+    /// be accepted.
+    pub receive_queue: u32,
+    /// Bytes that the peer has not acknowledged yet. For a listening socket: how many connections
+    /// may wait.
+    pub send_queue: u32,
+    /// The inode number of the socket: what `/proc/PID/fd` shows.
+    pub inode: u32,
+}
+
+impl Socket {
+    /// Whether something waits in it that a program would have to take out before it is frozen:
+    /// datagrams, or connections to be accepted. Unread bytes of a TCP connection are not meant:
+    /// those are kept.
+    pub fn has_undelivered(&self) -> bool {
+        self.receive_queue > 0 && (self.kind == Kind::Udp || self.state == State::Listen)
+    }
+}
+
+/// Every TCP and UDP socket in a namespace, over IPv4 and IPv6.
+pub fn list(namespace: &Namespace) -> Result<Vec<Socket>> {
+    Diagnosis::open(namespace)?.list()
+}
+
+/// A way to look at a namespace's sockets again and again.
+#[derive(Debug)]
+pub struct Diagnosis(Channel);
+
+impl Diagnosis {
+    /// Opens it in a namespace.
+    pub fn open(namespace: &Namespace) -> Result<Diagnosis> {
+        Ok(Diagnosis(
+            namespace.run(|| Channel::open(NlFamily::SockOrInetDiag))??,
+        ))
+    }
+
+    /// Every TCP and UDP socket, over IPv4 and IPv6.
+    pub fn list(&mut self) -> Result<Vec<Socket>> {
+        let mut all = Vec::new();
+        for kind in [Kind::Tcp, Kind::Udp] {
+            for family in [AF_INET, AF_INET6] {
+                // struct inet_diag_req_v2: every state, any address.
+                let mut fixed = [0u8; 56];
+                fixed[0] = family;
+                fixed[1] = match kind {
+                    Kind::Tcp => IPPROTO_TCP,
+                    Kind::Udp => IPPROTO_UDP,
+                };
+                fixed[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
+                let request = Request::new(BY_FAMILY, Body::new(&fixed));
+                all.extend(self.0.dump("list sockets", &request, |found, message| {
+                    found.extend(read(kind, message));
+                })?);
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Reads a `struct inet_diag_msg`.
+fn read(kind: Kind, message: &Message<'_>) -> Option<Socket> {
+    let answer = message.body.get(..ANSWER)?;
+    let word = |at: usize| -> Option<u32> {
+        Some(u32::from_ne_bytes(answer.get(at..at + 4)?.try_into().ok()?))
+    };
+    let port = |at: usize| u16::from_be_bytes([answer[at], answer[at + 1]]);
+    let address = |at: usize| -> Option<IpAddr> {
+        Some(if answer[0] == AF_INET {
+            IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(&answer[at..at + 4]).ok()?))
+        } else {
+            IpAddr::from(Ipv6Addr::from(
+                <[u8; 16]>::try_from(&answer[at..at + 16]).ok()?,
+            ))
+        })
+    };
+    Some(Socket {
+        kind,
+        state: State::from_kernel(answer[1])?,
+        local: SocketAddr::new(address(8)?, port(4)),
+        remote: SocketAddr::new(address(24)?, port(6)),
+        receive_queue: word(56)?,
+        send_queue: word(60)?,
+        inode: word(68)?,
+    })
+}
