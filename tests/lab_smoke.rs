@@ -148,8 +148,9 @@ async fn published_ports_answer_over_tcp_and_udp_and_ipv6() {
 async fn a_census_sees_what_changed_and_nothing_else() {
     let lab = Lab::new(1).await;
     let h1 = lab.host(1);
-    h1.run_workload("web", &["-p", "7000:7000"], &["echo", "7000"])
-        .await;
+    // Podman would draw another address at the next start.
+    let podman = ["-p", "7000:7000", "--ip", "10.88.0.9"];
+    h1.run_workload("web", &podman, &["echo", "7000"]).await;
     let before = h1.census().await;
     // Gone and back: other MAC addresses, interface numbers and namespace names.
     h1.exec(&["podman", "stop", "-t", "5", "web"]).await;
@@ -178,7 +179,7 @@ async fn a_census_sees_what_changed_and_nothing_else() {
         ),
         (
             "links",
-            "ip link add livemig3 type dummy",
+            "ip tuntap add livemig3 mode tun",
             "ip link del livemig3",
         ),
         (
@@ -186,7 +187,7 @@ async fn a_census_sees_what_changed_and_nothing_else() {
             "echo 2 >/proc/sys/net/ipv4/conf/eth0/rp_filter",
             "echo 1 >/proc/sys/net/ipv4/conf/eth0/rp_filter",
         ),
-        ("files", "mkdir /run/livemig", "rmdir /run/livemig"),
+        ("files", "mkdir -p /run/livemig/left", "rm -r /run/livemig"),
         ("files", "touch /var/tmp/left", "rm /var/tmp/left"),
         (
             "volumes",
@@ -224,7 +225,8 @@ fn traces(id: &str) -> BTreeSet<String> {
         "ip netns 2>/dev/null | sed 's/^/netns /' | grep -F '{id}'
          grep -F '/livemig-lab/{id}' /proc/[0-9]*/mountinfo 2>/dev/null | sed 's/^/mount /'
          find $(findmnt -nro TARGET -t cgroup2) -path '*/livemig-lab/{id}*' 2>/dev/null | sed 's/^/cgroup /'
-         grep -lF '/livemig-lab/{id}' /proc/[0-9]*/cgroup 2>/dev/null | sed 's/^/process /'
+         # The dead whom init has not buried yet are in a cgroup that is deleted.
+         grep -F '/livemig-lab/{id}' /proc/[0-9]*/cgroup 2>/dev/null | grep -v '(deleted)' | sed 's/^/process /'
          find /run/livemig-lab -path '*{id}*' 2>/dev/null | sed 's/^/file /'
          ip -br link | grep -E '^(h|c)[0-9]' | sed 's/^/link /'"
     );
@@ -271,7 +273,7 @@ async fn down_leaves_nothing() {
 #[tokio::test]
 async fn a_lab_that_fails_to_start_leaves_nothing() {
     let id = format!("broken-{}", std::process::id());
-    // A runtime that is not there: Podman's service does not start with it.
+    // No link can have this MTU.
     let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/lab"))
         .args(["--id", &id, "up", "2", "--mtu", "99999999"])
         .output()
