@@ -161,7 +161,7 @@ async fn a_census_sees_what_changed_and_nothing_else() {
     h1.exec(&["podman", "start", "web"]).await;
     h1.assert_as_before(&before).await;
 
-    for (section, make, undo) in [
+    let changes = [
         (
             "nft",
             "nft add table inet livemig",
@@ -204,19 +204,22 @@ async fn a_census_sees_what_changed_and_nothing_else() {
             "workload echo 7999 >/dev/null 2>&1 & until ss -Hltn | grep -q :7999; do :; done",
             "kill $(ps -eo pid=,args= | sed -n 's/^ *\\([0-9]*\\) workload echo 7999/\\1/p')",
         ),
-    ] {
-        // Not through a shell that must live as long: what it leaves stays.
+    ];
+    for (_, make, _) in changes {
+        // Not in the session of a shell that ends: what is made stays.
         h1.exec(&["setsid", "--wait", "sh", "-ec", make]).await;
-        let difference = before
-            .difference(&h1.census().await)
-            .unwrap_or_else(|| panic!("not noticed: {make}"));
-        assert!(
-            difference.contains(&format!("{section}:\n")),
-            "{make}: {difference}"
-        );
-        h1.sh(undo).await;
-        h1.assert_as_before(&before).await;
     }
+    let difference = before
+        .difference(&h1.census().await)
+        .expect("all this is noticed");
+    for (section, make, _) in changes {
+        let heading = format!("{section}:\n");
+        assert!(difference.contains(&heading), "{make}: {difference}");
+    }
+    for (_, _, undo) in changes {
+        h1.sh(undo).await;
+    }
+    h1.assert_as_before(&before).await;
 }
 
 /// Namespaces, mounts, cgroups and processes of the machine that belong to a lab.

@@ -38,6 +38,9 @@ mod store;
 mod tls;
 mod wire;
 
+#[cfg(test)]
+mod tests;
+
 pub use client::{Connection, JoinAs, join};
 pub use error::{Error, Refusal, Result};
 pub use identity::{Fingerprint, Identity};

@@ -486,12 +486,13 @@ async fn connection(
     let out = place.out.clone();
     let stranger = async {
         let entered = timeout(shared.limits.handshake, handshake(&shared, tcp, remote)).await;
-        let Some((tls, fingerprint, local)) = entered.unwrap_or_else(|_| {
-            shared.tally.timed_out.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(%remote, "a handshake took too long");
-            None
-        }) else {
-            return None;
+        let (tls, fingerprint, local) = match entered {
+            Ok(entered) => entered?,
+            Err(_) => {
+                shared.tally.timed_out.fetch_add(1, Ordering::Relaxed);
+                tracing::debug!(%remote, "a handshake took too long");
+                return None;
+            }
         };
         let mut visit = Visit {
             shared: shared.clone(),
@@ -669,9 +670,9 @@ impl Visit {
             local: self.local,
             remote: self.remote,
         };
-        let work = handler.handle(caller, Request::from_parts(head, body));
+        let request = Request::from_parts(head, body);
         let work = tokio::spawn(async move {
-            let reply = work.await;
+            let reply = handler.handle(caller, request).await;
             drop(permit);
             reply
         });

@@ -689,7 +689,7 @@ section images; podman image ls -a --no-trunc --format '{{.ID}} {{.Names}}'
 section networks; podman network ls --format '{{.Name}}'
 section mounts; cut -d' ' -f5 /proc/self/mountinfo
 section cgroups; find /sys/fs/cgroup -mindepth 1 -type d
-section processes; ps -eo pid=,comm= | grep -vw -e "$$" -e ps -e grep -e sort
+section processes; ps -eo pid=,ppid=,comm= | awk -v me="$$" '$1 != me && $2 != me { print $3 }'
 section files; find /tmp /var/tmp /var/lib/livemig /run/livemig /run/wireguard -mindepth 1 2>/dev/null
 true
 "#;
@@ -820,8 +820,6 @@ fn normal(section: &str, line: &str) -> Option<String> {
             Some((before, _)) => format!("{before}/netns/netns-*"),
             None => line.to_owned(),
         }),
-        // The process id.
-        "processes" => Some(words.skip(1).collect::<Vec<_>>().join(" ")),
         _ => Some(line.to_owned()),
     }
 }
