@@ -223,3 +223,147 @@ impl fmt::Debug for Identity {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_key_is_made_once_and_is_private() {
+        let state = tempfile::tempdir().unwrap();
+        let state = state.path().join("livemig");
+        let first = Identity::load_or_create(&state).unwrap();
+        let again = Identity::load_or_create(&state).unwrap();
+        assert_eq!(first.fingerprint(), again.fingerprint());
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode(&state), 0o700);
+        assert_eq!(mode(&state.join("identity")), 0o700);
+        assert_eq!(mode(&state.join("identity/key.pem")), 0o600);
+        // Nothing else is left there.
+        assert_eq!(
+            std::fs::read_dir(state.join("identity")).unwrap().count(),
+            1
+        );
+        assert!(format!("{first:?}").contains('…'));
+    }
+
+    #[test]
+    fn many_who_start_at_once_have_one_key() {
+        let state = tempfile::tempdir().unwrap();
+        let fingerprints: Vec<_> = std::thread::scope(|scope| {
+            let starts: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        Identity::load_or_create(state.path())
+                            .unwrap()
+                            .fingerprint()
+                    })
+                })
+                .collect();
+            starts
+                .into_iter()
+                .map(|start| start.join().unwrap())
+                .collect()
+        });
+        assert!(fingerprints.iter().all(|other| *other == fingerprints[0]));
+    }
+
+    #[test]
+    fn a_key_that_others_can_reach_is_refused() {
+        let state = tempfile::tempdir().unwrap();
+        Identity::load_or_create(state.path()).unwrap();
+        let directory = state.path().join("identity");
+        let key = directory.join("key.pem");
+        let chmod = |path: &Path, mode| {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        chmod(&key, 0o640);
+        let error = Identity::load_or_create(state.path()).unwrap_err();
+        assert!(
+            matches!(error, Error::LooseMode { mode: 0o640, .. }),
+            "{error:?}"
+        );
+        assert!(
+            error.to_string().contains("mode 0640, wanted 0600"),
+            "{error}"
+        );
+        assert!(error.hint().unwrap().contains("chmod 600"));
+        chmod(&key, 0o400);
+        chmod(&directory, 0o770);
+        let error = Identity::load_or_create(state.path()).unwrap_err();
+        assert!(
+            matches!(error, Error::LooseMode { wanted: 0o700, .. }),
+            "{error:?}"
+        );
+        chmod(&directory, 0o700);
+        Identity::load_or_create(state.path()).unwrap();
+
+        // A link is not followed, whatever it points to.
+        std::fs::rename(&key, directory.join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", &key).unwrap();
+        let error = Identity::load_or_create(state.path()).unwrap_err();
+        assert!(
+            matches!(error, Error::File { doing: "open", .. }),
+            "{error:?}"
+        );
+        // And what is no key says so, and stays.
+        std::fs::remove_file(&key).unwrap();
+        std::fs::write(&key, "no key").unwrap();
+        chmod(&key, 0o600);
+        let error = Identity::load_or_create(state.path()).unwrap_err();
+        assert!(matches!(error, Error::Key { .. }), "{error:?}");
+        assert_eq!(std::fs::read_to_string(&key).unwrap(), "no key");
+    }
+
+    /// The digest as OpenSSL computes it: `openssl x509 -pubkey -noout | openssl pkey -pubin
+    /// -outform der | sha256sum`. For Ed25519 that DER is a fixed head and the key (RFC 8410).
+    #[test]
+    fn the_fingerprint_is_that_of_the_public_key() {
+        let state = tempfile::tempdir().unwrap();
+        let identity = Identity::load_or_create(state.path()).unwrap();
+        let pem = std::fs::read_to_string(state.path().join("identity/key.pem")).unwrap();
+        let key = rcgen::KeyPair::from_pem(&pem).unwrap();
+        let head = [
+            0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00,
+        ];
+        let spki = [&head[..], key.public_key_raw()].concat();
+        assert_eq!(identity.fingerprint().as_bytes(), &sha256(&spki));
+        // FIPS 180-4's example, in this text form.
+        let abc = Fingerprint::from_bytes(sha256(b"abc"));
+        assert_eq!(
+            abc.to_string(),
+            "SHA256:ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0"
+        );
+    }
+
+    #[test]
+    fn fingerprints_read_back() {
+        let fingerprint = Fingerprint::from_bytes(sha256(b"abc"));
+        let text = fingerprint.to_string();
+        assert_eq!(text.parse::<Fingerprint>().unwrap(), fingerprint);
+        let json = serde_json::to_string(&fingerprint).unwrap();
+        assert_eq!(json, format!("\"{text}\""));
+        assert_eq!(
+            serde_json::from_str::<Fingerprint>(&json).unwrap(),
+            fingerprint
+        );
+        for bad in [
+            "",
+            "SHA256:",
+            &text[..49],
+            &text[7..],
+            &text.replace("SHA256", "sha256"),
+            &format!("{text}A"),
+        ] {
+            assert!(
+                matches!(
+                    bad.parse::<Fingerprint>(),
+                    Err(Error::BadFingerprint { .. })
+                ),
+                "{bad}"
+            );
+        }
+    }
+}

@@ -360,3 +360,208 @@ impl Invites {
         Ok(left)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn offer(name: &str, address: &str) -> Offer {
+        Offer {
+            name: name.parse().unwrap(),
+            address: address.parse().unwrap(),
+            fingerprint: Fingerprint::from_bytes([7; 32]),
+        }
+    }
+
+    fn invites(limit: usize) -> (tempfile::TempDir, Invites) {
+        let state = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            invites: limit,
+            ..Limits::default()
+        };
+        let invites = Invites::open(state.path(), &limits).unwrap();
+        (state, invites)
+    }
+
+    proptest! {
+        #[test]
+        fn tokens_read_back(
+            name in "[a-z0-9][a-z0-9.-]{0,62}",
+            host in "[a-z]{1,60}(\\.[a-z]{1,60}){0,3}|\\[2001:db8::[1-9]\\]",
+            port in 1u16..,
+            key: [u8; 32],
+            secret: [u8; 32],
+            expires in 0u64..1 << 40,
+        ) {
+            let token = Token {
+                offer: Offer {
+                    fingerprint: Fingerprint::from_bytes(key),
+                    ..offer(&name, &format!("{host}:{port}"))
+                },
+                secret: Secret(secret),
+                expires: unix_seconds::to(expires).unwrap(),
+            };
+            let text = token.to_string();
+            prop_assert!(text.len() <= TOKEN_LIMIT);
+            prop_assert_eq!(text.parse::<Token>().unwrap(), token.clone());
+            // As it is pasted.
+            prop_assert_eq!(format!("  {text}\n").parse::<Token>().unwrap(), token);
+        }
+
+        #[test]
+        fn a_token_that_was_cut_says_so(cut: usize) {
+            let (_state, invites) = invites(1);
+            let token = invites.create(&offer("host-a", "host-a.example"), Duration::from_secs(60)).unwrap();
+            let text = token.to_string();
+            // At least one character is left.
+            let cut = &text[..text.len() - (1 + cut % (text.len() - 1))];
+            prop_assert_eq!(cut.parse::<Token>(), Err(TokenError::Truncated));
+        }
+
+        #[test]
+        fn a_token_that_was_changed_is_not_accepted(at in 0usize..150, to in "[A-Za-z0-9_-]") {
+            let (_state, invites) = invites(1);
+            let token = invites.create(&offer("host-a", "host-a.example"), Duration::from_secs(60)).unwrap();
+            let mut text = token.to_string();
+            let at = PREFIX.len() + at % (text.len() - PREFIX.len());
+            prop_assume!(text[at..=at] != to);
+            text.replace_range(at..=at, &to);
+            prop_assert!(text.parse::<Token>().is_err());
+        }
+
+        #[test]
+        fn any_text_is_read_without_harm(text: String, bytes: Vec<u8>) {
+            prop_assert!(text.parse::<Token>().is_err());
+            let text = format!("{PREFIX}{}", URL_SAFE_NO_PAD.encode(bytes));
+            prop_assert!(text.parse::<Token>().is_err());
+        }
+    }
+
+    #[test]
+    fn what_is_no_token_is_told_apart() {
+        for (text, error) in [
+            ("", TokenError::NotAToken),
+            ("host-b", TokenError::NotAToken),
+            ("livemig", TokenError::Truncated),
+            ("livemig1.", TokenError::Truncated),
+            ("livemig1.AAAA", TokenError::Truncated),
+            ("livemig1.A+/=", TokenError::Damaged),
+            ("livemig2.AAAA", TokenError::OtherVersion),
+            ("livemigX.AAAA", TokenError::NotAToken),
+        ] {
+            assert_eq!(text.parse::<Token>(), Err(error), "{text}");
+        }
+        let long = format!("livemig1.{}", "A".repeat(10_000_000));
+        assert_eq!(long.parse::<Token>(), Err(TokenError::Damaged));
+    }
+
+    #[test]
+    fn a_secret_is_seen_nowhere() {
+        let (state, invites) = invites(1);
+        let token = invites
+            .create(&offer("a", "a"), Duration::from_secs(60))
+            .unwrap();
+        let debug = format!("{token:?}");
+        assert!(debug.contains("secret: …"), "{debug}");
+        let secret = String::from(token.secret.clone());
+        let hex: String = token
+            .secret
+            .0
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let mut files = 0;
+        for entry in std::fs::read_dir(state.path().join("invites")).unwrap() {
+            let entry = entry.unwrap();
+            let content = std::fs::read_to_string(entry.path()).unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            for secret in [&secret, &hex] {
+                assert!(!content.contains(secret) && !name.contains(secret));
+            }
+            files += 1;
+        }
+        assert_eq!(files, 1);
+    }
+
+    #[test]
+    fn an_invitation_is_good_once() {
+        let (state, invites) = invites(4);
+        let token = invites
+            .create(&offer("a", "a"), Duration::from_secs(60))
+            .unwrap();
+        let other = Invites::open(state.path(), &Limits::default()).unwrap();
+        assert!(other.any_open().unwrap());
+        other.check(&token.secret).unwrap();
+        other.redeem(&token.secret).unwrap();
+        assert!(matches!(
+            invites.redeem(&token.secret),
+            Err(Error::NotInvited)
+        ));
+        assert!(!invites.any_open().unwrap());
+    }
+
+    #[test]
+    fn of_many_at_once_one_redeems() {
+        let (_state, invites) = invites(1);
+        for _ in 0..50 {
+            let token = invites
+                .create(&offer("a", "a"), Duration::from_secs(60))
+                .unwrap();
+            let barrier = std::sync::Barrier::new(4);
+            let redeemed = std::thread::scope(|scope| {
+                let tries: Vec<_> = (0..4)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            barrier.wait();
+                            invites.redeem(&token.secret).is_ok()
+                        })
+                    })
+                    .collect();
+                tries
+                    .into_iter()
+                    .map(|one| one.join().unwrap())
+                    .filter(|&ok| ok)
+                    .count()
+            });
+            assert_eq!(redeemed, 1);
+        }
+    }
+
+    #[test]
+    fn invitations_end_and_make_room() {
+        let (state, invites) = invites(2);
+        let token = invites
+            .create(&offer("a", "a"), Duration::from_secs(60))
+            .unwrap();
+        invites
+            .create(&offer("a", "a"), Duration::from_secs(60))
+            .unwrap();
+        assert!(matches!(
+            invites.create(&offer("a", "a"), Duration::from_secs(60)),
+            Err(Error::TooManyInvites { limit: 2 })
+        ));
+        // One whose time has come, as after an hour.
+        let file = format!("invites/{}.json", token.secret.digest());
+        std::fs::write(state.path().join(file), r#"{"expires":1000}"#).unwrap();
+        assert!(matches!(
+            invites.check(&token.secret),
+            Err(Error::InviteExpired)
+        ));
+        invites
+            .create(&offer("a", "a"), Duration::from_secs(60))
+            .unwrap();
+        assert!(matches!(
+            invites.redeem(&token.secret),
+            Err(Error::NotInvited)
+        ));
+        assert_eq!(invites.withdraw_all().unwrap(), 2);
+        assert!(!invites.any_open().unwrap());
+        let year = Duration::from_secs(365 * 24 * 3600);
+        assert!(matches!(
+            invites.create(&offer("a", "a"), year),
+            Err(Error::InviteTooLong { .. })
+        ));
+    }
+}

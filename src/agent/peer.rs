@@ -113,9 +113,13 @@ impl FromStr for Address {
             text: text.chars().take(300).collect(),
             reason,
         };
-        let parse_port = |port: &str| match port.parse::<u16>() {
-            Ok(port) if port != 0 && text.ends_with(|c: char| c.is_ascii_digit()) => Ok(port),
-            _ => Err(bad("the port is not a number from 1 to 65535")),
+        let parse_port = |port: &str| {
+            Some(port)
+                // A number's own parser would take a sign.
+                .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
+                .and_then(|port| port.parse::<u16>().ok())
+                .filter(|port| *port != 0)
+                .ok_or_else(|| bad("the port is not a number from 1 to 65535"))
         };
         if let Ok(ip) = text.parse::<IpAddr>() {
             return Ok(Address {
@@ -413,5 +417,199 @@ impl Peers {
             source,
         })?;
         store::write(&self.directory, &path, &content, Existing::Replace).map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fingerprint(of: u8) -> Fingerprint {
+        Fingerprint::from_bytes([of; 32])
+    }
+
+    fn peer(name: &str, of: u8) -> Peer {
+        Peer::new(name.parse().unwrap(), None, fingerprint(of))
+    }
+
+    fn peers() -> (tempfile::TempDir, Peers) {
+        let state = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            peers: 3,
+            ..Limits::default()
+        };
+        let peers = Peers::open(state.path(), &limits).unwrap();
+        (state, peers)
+    }
+
+    #[test]
+    fn names_are_names_of_files_as_well() {
+        for good in ["a", "host-b", "0.example.org", "a..b", &"x".repeat(63)] {
+            assert_eq!(good.parse::<PeerName>().unwrap().as_str(), good);
+        }
+        for bad in [
+            "",
+            ".",
+            "..",
+            "-a",
+            ".a",
+            "a/b",
+            "../a",
+            "A",
+            "a b",
+            "a\0",
+            "ä",
+            &"x".repeat(64),
+        ] {
+            assert!(
+                matches!(bad.parse::<PeerName>(), Err(Error::BadName { .. })),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn addresses_are_read_and_written() {
+        for (text, host, port, shown) in [
+            ("host-b", "host-b", DEFAULT_PORT, "host-b:27757"),
+            (
+                "Host-B.example.:1",
+                "host-b.example.",
+                1,
+                "host-b.example.:1",
+            ),
+            ("192.0.2.7", "192.0.2.7", DEFAULT_PORT, "192.0.2.7:27757"),
+            ("192.0.2.7:65535", "192.0.2.7", 65535, "192.0.2.7:65535"),
+            (
+                "2001:db8::7",
+                "2001:db8::7",
+                DEFAULT_PORT,
+                "[2001:db8::7]:27757",
+            ),
+            (
+                "[2001:db8::7]",
+                "2001:db8::7",
+                DEFAULT_PORT,
+                "[2001:db8::7]:27757",
+            ),
+            ("[2001:db8::7]:9", "2001:db8::7", 9, "[2001:db8::7]:9"),
+        ] {
+            let address: Address = text.parse().unwrap();
+            assert_eq!((address.host(), address.port()), (host, port));
+            assert_eq!(address.to_string(), shown);
+            assert_eq!(shown.parse::<Address>().unwrap(), address);
+        }
+        for bad in [
+            "",
+            ":1",
+            "a:",
+            "a:0",
+            "a:65536",
+            "a:+1",
+            "a: 1",
+            "a:1 ",
+            "a b",
+            "a/b",
+            "[::1",
+            "[::1]1",
+            "[a]:1",
+            "a..b",
+            "-a",
+            "http://a",
+            "a\r\nb: c",
+            "a@b",
+            &"a".repeat(64),
+        ] {
+            assert!(
+                matches!(bad.parse::<Address>(), Err(Error::BadAddress { .. })),
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn peers_are_found_by_name_and_by_key() {
+        let (state, peers) = peers();
+        assert_eq!(peers.list().unwrap(), []);
+        let (a, b) = (peer("a", 1), peer("b", 2));
+        peers.add(&b).unwrap();
+        peers.add(&a).unwrap();
+        assert_eq!(peers.list().unwrap(), [a.clone(), b.clone()]);
+        assert_eq!(peers.get(&a.name).unwrap(), a);
+        assert_eq!(
+            peers.by_fingerprint(fingerprint(2)).unwrap(),
+            Some(b.clone())
+        );
+        assert_eq!(peers.by_fingerprint(fingerprint(3)).unwrap(), None);
+        assert!(matches!(
+            peers.get(&"c".parse().unwrap()),
+            Err(Error::UnknownPeer { .. })
+        ));
+
+        // Another process sees the same.
+        let others = Peers::open(state.path(), &Limits::default()).unwrap();
+        assert_eq!(others.list().unwrap().len(), 2);
+        assert!(others.remove(&a.name).unwrap());
+        assert!(!others.remove(&a.name).unwrap());
+        assert_eq!(peers.by_fingerprint(a.fingerprint).unwrap(), None);
+    }
+
+    #[test]
+    fn a_name_and_a_key_belong_together() {
+        let (_state, peers) = peers();
+        peers.add(&peer("a", 1)).unwrap();
+        match peers.add(&peer("a", 2)) {
+            Err(Error::NameTaken {
+                fingerprint: whose, ..
+            }) => assert_eq!(whose, fingerprint(1)),
+            other => panic!("{other:?}"),
+        }
+        match peers.add(&peer("b", 1)) {
+            Err(Error::KnownAs { name, .. }) => assert_eq!(name.as_str(), "a"),
+            other => panic!("{other:?}"),
+        }
+        // Added again, it gets its new address, and no more rights than it had.
+        peers
+            .allow(&"a".parse().unwrap(), [Permission::Send].into())
+            .unwrap();
+        let mut again = peer("a", 1);
+        again.address = Some("a.example:7".parse().unwrap());
+        peers.add(&again).unwrap();
+        let known = peers.get(&again.name).unwrap();
+        assert_eq!(known.address, again.address);
+        assert!(known.may(Permission::Send) && !known.may(Permission::Receive));
+        assert_eq!(peers.list().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn there_are_so_many_and_no_more() {
+        let (_state, peers) = peers();
+        for n in 0..3 {
+            peers.add(&peer(&format!("host-{n}"), n)).unwrap();
+        }
+        assert!(matches!(
+            peers.add(&peer("host-3", 3)),
+            Err(Error::TooManyPeers { limit: 3 })
+        ));
+        peers.add(&peer("host-2", 2)).unwrap();
+    }
+
+    #[test]
+    fn a_broken_file_locks_out_nobody_else() {
+        let (state, peers) = peers();
+        peers.add(&peer("b", 2)).unwrap();
+        let broken = state.path().join("peers/a.json");
+        let forged = serde_json::to_string(&peer("z", 1)).unwrap();
+        for content in ["", "{", "null", &"x".repeat(20_000), &forged] {
+            std::fs::write(&broken, content).unwrap();
+            assert!(peers.by_fingerprint(fingerprint(2)).unwrap().is_some());
+            assert_eq!(peers.by_fingerprint(fingerprint(1)).unwrap(), None);
+            let error = peers.list().unwrap_err();
+            assert!(
+                matches!(error, Error::BadFile { .. } | Error::FileTooLarge { .. }),
+                "{error:?}"
+            );
+            assert!(error.to_string().contains("a.json"), "{error}");
+        }
     }
 }

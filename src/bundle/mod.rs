@@ -1,1 +1,23 @@
-//! bundle
+//! What crosses from one host to the other when a container moves: the files that it changed, and
+//! the stream that carries them together with Podman's checkpoint.
+//!
+//! Podman has a difference of the root file system of its own, and loses data with it: a file that
+//! came with the image and was *changed* is left out unless the same path happens to exist on the
+//! host. So livemig tells Podman to leave the root file system alone, makes the difference itself
+//! ([`delta`]), and puts it in front of Podman's archive ([`splice`]) under the names and in the
+//! form that Podman's import applies anyway. [`transfer`] takes the whole from host to host, and
+//! makes sure that Podman never acts on bytes that differ from those that were sent.
+
+mod archive;
+pub mod delta;
+mod error;
+pub mod splice;
+pub mod transfer;
+
+pub use delta::{Delta, DeltaFile, Layers, Skipped, Summary};
+pub use error::Error;
+pub use splice::{Captured, spliced, watched};
+pub use transfer::{Compression, Digest, Progress, receive, send};
+
+/// What the functions of this module return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

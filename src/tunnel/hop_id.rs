@@ -29,6 +29,20 @@ impl HopId {
         (1..=u8::MAX).map(HopId)
     }
 
+    /// The first byte of a packet mark, which carries the hop that a packet is to take.
+    pub const PACKET_MARK_MASK: u32 = 0xff00_0000;
+
+    /// The packet mark that sends a packet into this hop, under [`HopId::PACKET_MARK_MASK`].
+    pub const fn packet_mark(self) -> u32 {
+        (self.0 as u32) << 24
+    }
+
+    /// The routing table of this hop: `0x6c6d00` ("lm" in ASCII, then the hop), which is 7105792
+    /// plus the hop and far from the tables that people number by hand.
+    pub const fn table(self) -> u32 {
+        0x006c_6d00 + self.0 as u32
+    }
+
     /// The name of the hop's network interface on this host.
     pub fn interface(self) -> String {
         format!("livemig{}", self.0)

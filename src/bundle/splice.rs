@@ -1,0 +1,414 @@
+//! livemig's entries in front of Podman's archive, without a copy of either.
+//!
+//! A checkpoint that Podman exports is a tar archive, and its import takes from it whatever it
+//! knows by name, in any order. So the archive that crosses is: an entry `rootfs-diff.tar`, an
+//! entry `deleted.files`, and then Podman's own bytes unchanged, down to the empty blocks at its
+//! end. (Names: `RootFsDiffTar` and `DeletedFilesFile` of checkpoint-restore/checkpointctl, `lib/metadata.go`;
+//! their use: `CRApplyRootFsDiffTar` and `CRRemoveDeletedFiles` of Podman, `pkg/checkpoint/crutils`.)
+//!
+//! Podman must have been told to leave the root file system out (`ignoreRootFS=true`): an entry of
+//! the same name further back would replace livemig's, so it is refused.
+//!
+//! On its way Podman's archive is looked through for small entries that are worth knowing at the
+//! source, such as CRIU's `stats-dump`, which is nowhere else once Podman has removed the container.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Seek};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt, stream};
+
+use super::archive::{self, Head, Step, Walker};
+use super::transfer::until_error;
+use super::{DeltaFile, Error, Result};
+
+/// The name under which Podman's import looks for an archive of changed files.
+pub const ROOTFS_DIFF: &str = "rootfs-diff.tar";
+/// The name under which Podman's import looks for the list of deleted files.
+pub const DELETED_FILES: &str = "deleted.files";
+/// The name of CRIU's statistics in Podman's archive.
+pub const STATS_DUMP: &str = "stats-dump";
+
+/// The largest entry that is kept for a look: 64 KiB. CRIU's statistics are about 100 bytes.
+pub const MAX_CAPTURE: usize = 64 << 10;
+
+/// The archive of changed files is passed on in pieces of this size: 1 MiB.
+const CHUNK: usize = 1 << 20;
+
+/// Small entries of an archive that went by.
+#[derive(Debug, Clone, Default)]
+pub struct Captured(Arc<Mutex<BTreeMap<String, Vec<u8>>>>);
+
+impl Captured {
+    /// The content of the entry of that name, if it has gone by completely and was small enough.
+    pub fn get(&self, name: &str) -> Option<Vec<u8>> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
+    }
+
+    fn put(&self, name: String, content: Vec<u8>) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(name, content);
+    }
+}
+
+/// Puts the container's changed files in front of Podman's archive.
+///
+/// Pieces are at most 1 MiB where they are livemig's own; Podman's are passed on as they come.
+///
+/// # Errors
+/// The stream fails if the archive of changed files is shorter than its length says, if Podman's
+/// stream fails, or if it has a difference of the root file system of its own.
+pub fn spliced<S, E>(
+    delta: DeltaFile,
+    podman: S,
+    capture: &[&str],
+) -> (impl Stream<Item = Result<Bytes>> + Send, Captured)
+where
+    S: Stream<Item = Result<Bytes, E>> + Send,
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let (podman, captured) = watched(podman.map_err(|e| Error::Upstream(Box::new(e))), capture);
+    (until_error(front(delta).chain(podman)), captured)
+}
+
+/// The entries that are livemig's own. Nothing at all where nothing changed.
+fn front(delta: DeltaFile) -> impl Stream<Item = Result<Bytes>> + Send {
+    let DeltaFile {
+        file,
+        length,
+        deleted,
+        ..
+    } = delta;
+    let deleted = if deleted.is_empty() {
+        Vec::new()
+    } else {
+        deleted_files(&deleted)
+    };
+    let head = (length > 0).then(|| Ok(header(ROOTFS_DIFF, length)));
+    let tail = [
+        Bytes::from(vec![0; archive::padding(length)]),
+        if deleted.is_empty() {
+            Bytes::new()
+        } else {
+            header(DELETED_FILES, deleted.len() as u64)
+        },
+        Bytes::from(vec![0; archive::padding(deleted.len() as u64)]),
+    ];
+    let [padding, list_head, list_padding] = tail;
+    stream::iter(head)
+        .chain(content(file, length))
+        .chain(stream::iter(
+            [padding, list_head, deleted.into(), list_padding].map(Ok),
+        ))
+        .try_filter(|piece| std::future::ready(!piece.is_empty()))
+}
+
+fn header(name: &str, size: u64) -> Bytes {
+    let mut header = Vec::new();
+    let head = Head {
+        size,
+        ..Head::empty(name.as_bytes())
+    };
+    // A `Vec` takes whatever is written to it.
+    let _ = head.write(&mut header);
+    header.into()
+}
+
+/// The list as Podman writes it: a JSON array of absolute paths, indented by two blanks.
+fn deleted_files(paths: &[String]) -> Vec<u8> {
+    // Strings always have a JSON form.
+    serde_json::to_vec_pretty(paths).unwrap_or_default()
+}
+
+/// The first `length` bytes of a file, read beside the runtime's threads.
+fn content(file: std::fs::File, length: u64) -> impl Stream<Item = Result<Bytes>> + Send {
+    stream::try_unfold((file, 0), move |(mut file, done)| async move {
+        if done >= length {
+            return Ok(None);
+        }
+        let (file, piece) = tokio::task::spawn_blocking(move || {
+            if done == 0 {
+                file.rewind()?;
+            }
+            let most = (length - done).min(CHUNK as u64);
+            let mut piece = Vec::new();
+            (&mut file).take(most).read_to_end(&mut piece)?;
+            std::io::Result::Ok((file, piece))
+        })
+        .await
+        .map_err(std::io::Error::other)
+        .flatten()
+        .map_err(|e| Error::Upstream(Box::new(e)))?;
+        if piece.is_empty() {
+            return Err(Error::ShortDelta {
+                expected: length,
+                got: done,
+            });
+        }
+        let done = done + piece.len() as u64;
+        Ok(Some((Bytes::from(piece), (file, done))))
+    })
+}
+
+/// Passes Podman's archive on unchanged, keeping the small entries that were asked for.
+///
+/// Entries that are missing or larger than [`MAX_CAPTURE`] are not kept; an archive that cannot be
+/// read is passed on all the same.
+///
+/// # Errors
+/// The stream fails with [`Error::PodmanHasDelta`] where the archive has an entry that is
+/// livemig's to write, before the bytes of that entry are passed on.
+pub fn watched<S>(
+    podman: S,
+    capture: &[&str],
+) -> (impl Stream<Item = Result<Bytes>> + Send, Captured)
+where
+    S: Stream<Item = Result<Bytes>> + Send,
+{
+    let captured = Captured::default();
+    let mut watch = Watch {
+        walker: Walker::default(),
+        wanted: capture.iter().map(|name| (*name).to_owned()).collect(),
+        open: None,
+        captured: captured.clone(),
+    };
+    let stream = podman.map(move |piece| {
+        let piece = piece?;
+        watch.look(&piece)?;
+        Ok(piece)
+    });
+    (stream, captured)
+}
+
+#[derive(Debug)]
+struct Watch {
+    walker: Walker,
+    wanted: Vec<String>,
+    /// The wanted entry that is going by: its name, its length and what there is of it.
+    open: Option<(String, usize, Vec<u8>)>,
+    captured: Captured,
+}
+
+impl Watch {
+    fn look(&mut self, piece: &[u8]) -> Result<()> {
+        let Watch {
+            walker,
+            wanted,
+            open,
+            captured,
+        } = self;
+        let mut refused = None;
+        walker.feed(piece, |step| match step {
+            Step::Entry(seen) => {
+                *open = None;
+                let name = String::from_utf8_lossy(&seen.name);
+                let name = name.trim_start_matches("./").trim_start_matches('/');
+                if [ROOTFS_DIFF, DELETED_FILES].contains(&name) {
+                    refused = Some(name.to_owned());
+                }
+                let size = usize::try_from(seen.size).unwrap_or(usize::MAX);
+                if size <= MAX_CAPTURE && wanted.iter().any(|wanted| wanted == name) {
+                    if size == 0 {
+                        captured.put(name.to_owned(), Vec::new());
+                    } else {
+                        *open = Some((name.to_owned(), size, Vec::new()));
+                    }
+                }
+            }
+            Step::Content(content) => {
+                if let Some((name, size, kept)) = open {
+                    kept.extend_from_slice(content);
+                    if kept.len() == *size {
+                        captured.put(std::mem::take(name), std::mem::take(kept));
+                        *open = None;
+                    }
+                }
+            }
+        });
+        refused.map_or(Ok(()), |name| Err(Error::PodmanHasDelta { name }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Entry = (String, Vec<u8>);
+
+    /// An archive as Go's writer would make it for these entries.
+    fn archive_of(entries: &[Entry]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (name, content) in entries {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o600);
+            builder
+                .append_data(&mut header, name, &content[..])
+                .expect("appended");
+        }
+        builder.into_inner().expect("finished")
+    }
+
+    fn entries_of(archive: &[u8]) -> Vec<Entry> {
+        tar::Archive::new(archive)
+            .entries()
+            .expect("an archive")
+            .map(|entry| {
+                let mut entry = entry.expect("an entry");
+                let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+                let mut content = Vec::new();
+                entry.read_to_end(&mut content).expect("its content");
+                (name, content)
+            })
+            .collect()
+    }
+
+    fn delta(content: &[u8], deleted: &[&str]) -> DeltaFile {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(content).expect("written");
+        DeltaFile {
+            file,
+            length: content.len() as u64,
+            deleted: deleted.iter().map(|d| (*d).to_owned()).collect(),
+            summary: crate::bundle::Summary::default(),
+        }
+    }
+
+    /// Cuts into pieces whose lengths go round through `sizes`.
+    fn cut(bytes: &[u8], sizes: &[usize]) -> Vec<Result<Bytes, std::io::Error>> {
+        let mut pieces = Vec::new();
+        let mut rest = bytes;
+        for size in sizes.iter().cycle() {
+            if rest.is_empty() {
+                break;
+            }
+            let (piece, left) = rest.split_at((*size).min(rest.len()));
+            pieces.push(Ok(Bytes::copy_from_slice(piece)));
+            rest = left;
+        }
+        pieces
+    }
+
+    fn run(
+        delta: DeltaFile,
+        pieces: Vec<Result<Bytes, std::io::Error>>,
+        capture: &[&str],
+    ) -> (Result<Vec<u8>>, Captured) {
+        let (stream, captured) = spliced(delta, stream::iter(pieces), capture);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .expect("a runtime");
+        let whole = runtime.block_on(stream.map_ok(|b| b.to_vec()).try_concat());
+        (whole, captured)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn the_result_is_an_archive_with_every_entry(
+            entries in prop::collection::vec(
+                ("[a-z]{1,8}(/[a-z]{1,40}){0,6}", prop::collection::vec(any::<u8>(), 0..3000)), 0..8),
+            sizes in prop::collection::vec(1usize..2000, 1..5),
+            content in prop::collection::vec(any::<u8>(), 0..5000),
+            stats in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let mut entries: Vec<Entry> = entries;
+            entries.push((STATS_DUMP.into(), stats.clone()));
+            let podman = archive_of(&entries);
+            let (whole, captured) =
+                run(delta(&content, &["/etc/motd"]), cut(&podman, &sizes), &[STATS_DUMP]);
+            let whole = whole.expect("no failure");
+            prop_assert!(whole.ends_with(&podman));
+            let mut expected = Vec::new();
+            if !content.is_empty() {
+                expected.push((ROOTFS_DIFF.to_owned(), content));
+            }
+            expected.push((DELETED_FILES.to_owned(), b"[\n  \"/etc/motd\"\n]".to_vec()));
+            expected.extend(entries);
+            prop_assert_eq!(entries_of(&whole), expected);
+            prop_assert_eq!(captured.get(STATS_DUMP), Some(stats));
+        }
+    }
+
+    #[test]
+    fn nothing_changed_means_podmans_bytes_alone() {
+        let podman = archive_of(&[("config.dump".into(), b"{}".to_vec())]);
+        let (whole, _) = run(delta(b"", &[]), cut(&podman, &[700]), &[]);
+        assert_eq!(whole.expect("no failure"), podman);
+    }
+
+    #[test]
+    fn large_files_are_passed_on_in_bounded_pieces() {
+        let content: Vec<u8> = (0..3_000_001u32).map(|n| n as u8).collect();
+        let (stream, _) = spliced(
+            delta(&content, &[]),
+            stream::iter(cut(&archive_of(&[]), &[512])),
+            &[],
+        );
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .expect("a runtime");
+        let pieces: Vec<Bytes> = runtime.block_on(stream.try_collect()).expect("no failure");
+        assert!(pieces.iter().all(|p| p.len() <= CHUNK));
+        assert_eq!(
+            entries_of(&pieces.concat()),
+            vec![(ROOTFS_DIFF.to_owned(), content)]
+        );
+    }
+
+    #[test]
+    fn a_large_entry_is_not_captured() {
+        let podman = archive_of(&[(STATS_DUMP.into(), vec![1; MAX_CAPTURE + 1])]);
+        let (whole, captured) = run(delta(b"", &[]), cut(&podman, &[4096]), &[STATS_DUMP]);
+        assert_eq!(whole.expect("no failure"), podman);
+        assert_eq!(captured.get(STATS_DUMP), None);
+    }
+
+    #[test]
+    fn podmans_own_difference_is_refused() {
+        for name in [ROOTFS_DIFF, "./deleted.files"] {
+            let podman = archive_of(&[(name.into(), vec![7; 900])]);
+            let (whole, _) = run(delta(b"x", &[]), cut(&podman, &[512]), &[]);
+            assert!(
+                matches!(whole, Err(Error::PodmanHasDelta { .. })),
+                "{name}: {whole:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_delta_that_shrank_is_an_error() {
+        let mut short = delta(b"12345", &[]);
+        short.length = 6;
+        let (whole, _) = run(short, cut(&archive_of(&[]), &[512]), &[]);
+        assert!(
+            matches!(
+                whole,
+                Err(Error::ShortDelta {
+                    expected: 6,
+                    got: 5
+                })
+            ),
+            "{whole:?}"
+        );
+    }
+
+    #[test]
+    fn podmans_failure_comes_through() {
+        let mut pieces = cut(&archive_of(&[]), &[512]);
+        pieces.push(Err(std::io::Error::other("socket closed")));
+        let (whole, _) = run(delta(b"x", &[]), pieces, &[]);
+        assert!(matches!(whole, Err(Error::Upstream(_))), "{whole:?}");
+    }
+}
