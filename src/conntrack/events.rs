@@ -81,14 +81,13 @@ impl Events {
             GROUP_CONNTRACK_DESTROY,
         ];
         let socket = namespace.run(|| channel::open(NlFamily::Netfilter, &groups))??;
-        socket.nonblock().map_err(fail)?;
         let descriptor = channel::borrow(&socket);
         // Beyond net.core.rmem_max only root gets what it asks for.
         if sockopt::set_socket_recv_buffer_size_force(descriptor, RECEIVE_BUFFER).is_err() {
             let _ = sockopt::set_socket_recv_buffer_size(descriptor, RECEIVE_BUFFER);
         }
         Ok(Events {
-            socket: AsyncFd::new(socket).map_err(fail)?,
+            socket: channel::register(socket).map_err(fail)?,
             buffer: vec![0; 64 * 1024],
             waiting: VecDeque::new(),
         })

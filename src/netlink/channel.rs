@@ -13,6 +13,8 @@ use neli::types::Buffer;
 use neli::utils::Groups;
 use rustix::io::Errno;
 use rustix::net::sockopt;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::{Attributes, Body, Error, Message, Messages, Result};
 
@@ -99,6 +101,15 @@ impl AsFd for Channel {
 pub(crate) fn borrow(socket: &NlSocket) -> BorrowedFd<'_> {
     // SAFETY: the socket owns its descriptor and outlives the borrow.
     unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
+}
+
+/// Lets tokio say when a socket can be read.
+pub(crate) fn register(socket: NlSocket) -> io::Result<AsyncFd<NlSocket>> {
+    socket.nonblock()?;
+    // SAFETY: the descriptor belongs to the socket, which does not change it and closes it only
+    // when it is dropped; from here on the AsyncFd owns the socket.
+    unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
+        .map_err(|e| e.into_parts().1)
 }
 
 /// Opens a netlink socket in the calling thread's network namespace.

@@ -68,6 +68,11 @@ impl Body {
         self
     }
 
+    /// Appends what another body holds.
+    pub fn append(&mut self, other: &Body) {
+        self.0.extend_from_slice(&other.0);
+    }
+
     /// What was written.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

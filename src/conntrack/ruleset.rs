@@ -1,0 +1,325 @@
+//! How livemig's nftables rules get into the kernel and out of it again.
+//!
+//! Everything is in one table, `inet livemig`. Rules are *added* by `nft`, as JSON through the
+//! nftables crate: the kernel's own form of an expression is private to nftables. One call is one
+//! transaction. They are *removed* by raw netlink, which is faster, needs no program, works in a
+//! destructor, and can name the generation of the rule set it was decided upon, so that the table
+//! is never taken away under another process that has just begun to use it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use neli::consts::nl::NlmF;
+use neli::consts::socket::NlFamily;
+use nftables::helper::{self, NftablesError};
+use rustix::io::Errno;
+use serde_json::{Value, json};
+
+use super::wire::{self, NFPROTO_INET, SUBSYS_NFTABLES, nft};
+use super::{Error, Result};
+use crate::netlink::{self, Attributes, Body, Channel, Request};
+
+/// The name of livemig's table.
+pub const TABLE: &str = "livemig";
+/// Its one chain that belongs to no hop and to no hold.
+pub(super) const STEER: &str = "steer";
+/// How long `nft` may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a removal is tried while others change the rule set.
+const REMOVAL_TRIES: u32 = 100;
+
+/// A JSON object of nftables, with the family and the table filled in.
+pub(super) fn object(kind: &str, mut fields: Value) -> Value {
+    if let Some(map) = fields.as_object_mut() {
+        map.insert("family".to_owned(), json!("inet"));
+        map.insert("table".to_owned(), json!(TABLE));
+    }
+    json!({ kind: fields })
+}
+
+/// A command that adds an object.
+pub(super) fn add(kind: &str, fields: Value) -> Value {
+    json!({ "add": object(kind, fields) })
+}
+
+/// A command that adds an object, or empties it if it is there.
+pub(super) fn add_empty(chain: &str, base: Option<(&str, i32)>) -> [Value; 2] {
+    let fields = match base {
+        Some((hook, priority)) => json!({
+            "name": chain, "type": "filter", "hook": hook, "prio": priority, "policy": "accept",
+        }),
+        None => json!({ "name": chain }),
+    };
+    [
+        add("chain", fields),
+        json!({ "flush": object("chain", json!({ "name": chain })) }),
+    ]
+}
+
+/// A command that appends a rule to a chain.
+pub(super) fn rule(chain: &str, statements: &[Value]) -> Value {
+    add("rule", json!({ "chain": chain, "expr": statements }))
+}
+
+/// The command that makes the table exist.
+pub(super) fn add_table() -> Value {
+    json!({ "add": { "table": { "family": "inet", "name": TABLE } } })
+}
+
+/// Hands commands to `nft`, as one transaction.
+///
+/// They go as its argument, by the crate's call for listing rules. The call for applying rules
+/// writes them to nft's standard input, but leaves nft's standard error to the terminal: nothing
+/// would be left to put into an error message. What is sent here has a few thousand bytes; the
+/// system's limit for an argument is 128 KiB.
+pub(super) async fn apply(doing: &'static str, commands: Vec<Value>) -> Result<()> {
+    let payload = json!({ "nftables": commands }).to_string();
+    tracing::trace!(%payload, "nft");
+    let applied = tokio::time::timeout(
+        PATIENCE,
+        helper::get_current_ruleset_raw_async(helper::DEFAULT_NFT, [&payload]),
+    )
+    .await;
+    match applied {
+        Err(_) => Err(Error::NftSilent {
+            doing,
+            waited: PATIENCE,
+        }),
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(e)) => Err(explain(doing, e)),
+    }
+}
+
+fn explain(doing: &'static str, error: NftablesError) -> Error {
+    match error {
+        NftablesError::NftExecution { program, inner } => Error::NftExecution {
+            doing,
+            program: program.to_string_lossy().into_owned(),
+            source: inner,
+        },
+        NftablesError::NftFailed { stdout, stderr, .. } => Error::NftRefused {
+            doing,
+            stderr: said(&stderr, &stdout),
+        },
+        other => Error::NftRefused {
+            doing,
+            stderr: other.to_string(),
+        },
+    }
+}
+
+/// What nft said about a failure, without the input that it quotes in between.
+fn said(stderr: &str, stdout: &str) -> String {
+    let lines: Vec<&str> = stderr
+        .lines()
+        .chain(stdout.lines())
+        .map(str::trim)
+        .filter(|line| line.contains("rror"))
+        .take(5)
+        .collect();
+    if lines.is_empty() {
+        "it ended with a failure and said nothing".to_owned()
+    } else {
+        lines.join("; ")
+    }
+}
+
+/// A raw connection to nf_tables in the calling thread's network namespace.
+#[derive(Debug)]
+pub(super) struct Rules(Channel);
+
+impl Rules {
+    pub(super) fn open() -> Result<Rules> {
+        Ok(Rules(Channel::open(NlFamily::Netfilter)?))
+    }
+
+    /// The names of the table's chains; none if there is no table.
+    pub(super) fn chains(&mut self) -> Result<BTreeSet<String>> {
+        let request = Request::new(nft::GETCHAIN, Body::netfilter(NFPROTO_INET, 0));
+        let names = self.0.dump("list chains", &request, |found, message| {
+            let mut table = String::new();
+            let mut chain = String::new();
+            for attribute in Attributes::after(message.body, 4) {
+                match attribute.kind {
+                    nft::CHAIN_TABLE => table = attribute.text(),
+                    nft::CHAIN_NAME => chain = attribute.text(),
+                    _ => {}
+                }
+            }
+            if table == TABLE {
+                found.push(chain);
+            }
+        })?;
+        Ok(names.into_iter().collect())
+    }
+
+    /// The generation of the rule set: it changes with every transaction of anybody.
+    fn generation(&mut self) -> Result<u32> {
+        let request = Request::new(nft::GETGEN, Body::netfilter(0, 0));
+        self.0
+            .ask("read the generation of the rules", request)?
+            .iter()
+            .find_map(|body| {
+                Attributes::after(body, 4)
+                    .find(|a| a.kind == nft::GEN_ID)?
+                    .be32()
+            })
+            .ok_or(Error::Netlink(netlink::Error::Malformed {
+                doing: "read the generation of the rules",
+                what: "no generation in it",
+            }))
+    }
+
+    /// Commits changes to the table in one transaction; with a generation, only if nobody has
+    /// changed any rule since (else the error number is RESTART).
+    fn commit(
+        &mut self,
+        doing: &'static str,
+        generation: Option<u32>,
+        changes: Vec<Request>,
+    ) -> netlink::Result<()> {
+        let mut begin = Body::netfilter(0, SUBSYS_NFTABLES);
+        if let Some(generation) = generation {
+            begin.leaf(wire::BATCH_GENID, &generation.to_be_bytes());
+        }
+        self.0.transact(
+            doing,
+            Request::new(wire::BATCH_BEGIN, begin),
+            changes,
+            Request::new(wire::BATCH_END, Body::netfilter(0, SUBSYS_NFTABLES)),
+        )
+    }
+
+    /// Appends the rule to `chain` that sends packets to a queue, or past it while nobody listens
+    /// to the queue. With nftables' own expression where the kernel has it, else with the xtables
+    /// target.
+    pub(super) fn add_queue(&mut self, chain: &str, queue: u16) -> Result<()> {
+        const DOING: &str = "send packets to a queue";
+        match self.commit(DOING, None, vec![queue_rule(chain, &native_queue(queue))]) {
+            Err(e) if e.errno() == Some(Errno::NOENT) => {}
+            outcome => return Ok(outcome?),
+        }
+        tracing::debug!("no nft_queue in this kernel: trying the xtables target");
+        match self.commit(DOING, None, vec![queue_rule(chain, &xtables_queue(queue))]) {
+            Err(e) if e.errno() == Some(Errno::NOENT) => Err(Error::NoQueue),
+            outcome => Ok(outcome?),
+        }
+    }
+
+    /// Removes the chains that `belongs` names, with everything in them, base chains first, and
+    /// the table if nothing but its own chain is left. Nothing happens to what is not there.
+    ///
+    /// `before` are changes that have to come first: of what refers to the chains.
+    pub(super) fn remove(
+        &mut self,
+        doing: &'static str,
+        belongs: &[String],
+        before: impl Fn() -> Vec<Request>,
+    ) -> Result<()> {
+        for _ in 0..REMOVAL_TRIES {
+            let generation = self.generation()?;
+            let present = self.chains()?;
+            let mine: Vec<&String> = belongs.iter().filter(|c| present.contains(*c)).collect();
+            let others = present
+                .iter()
+                .any(|chain| chain != STEER && !belongs.contains(chain));
+            let changes = if present.is_empty() {
+                return Ok(());
+            } else if !others {
+                let mut body = Body::netfilter(NFPROTO_INET, 0);
+                body.text(nft::TABLE_NAME, TABLE);
+                vec![Request::new(nft::DELTABLE, body)]
+            } else if mine.is_empty() {
+                return Ok(());
+            } else {
+                let mut changes = before();
+                changes.extend(mine.into_iter().map(|chain| {
+                    let mut body = Body::netfilter(NFPROTO_INET, 0);
+                    body.text(nft::CHAIN_TABLE, TABLE)
+                        .text(nft::CHAIN_NAME, chain);
+                    Request::new(nft::DELCHAIN, body)
+                }));
+                changes
+            };
+            match self.commit(doing, Some(generation), changes) {
+                // Somebody has changed the rules since they were looked at.
+                Err(e) if is_restart(&e) => {}
+                outcome => return Ok(outcome?),
+            }
+        }
+        Err(netlink::Error::Inconsistent {
+            doing,
+            tries: REMOVAL_TRIES,
+        }
+        .into())
+    }
+}
+
+/// ERESTART is the kernel's answer to an outdated generation. It is not meant for user space and
+/// so has no name there (`include/linux/errno.h`).
+fn is_restart(error: &netlink::Error) -> bool {
+    error.errno().is_some_and(|errno| errno.raw_os_error() == 85)
+}
+
+fn queue_rule(chain: &str, expression: &Body) -> Request {
+    let mut body = Body::netfilter(NFPROTO_INET, 0);
+    body.text(nft::RULE_TABLE, TABLE)
+        .text(nft::RULE_CHAIN, chain)
+        .nest(nft::RULE_EXPRESSIONS, |list| {
+            list.nest(nft::LIST_ELEM, |element| element.append(expression));
+        });
+    Request::new(nft::NEWRULE, body).with(NlmF::CREATE | NlmF::APPEND)
+}
+
+/// `queue flags bypass to N`.
+fn native_queue(queue: u16) -> Body {
+    let mut body = Body::default();
+    body.text(nft::EXPR_NAME, "queue")
+        .nest(nft::EXPR_DATA, |data| {
+            data.leaf(nft::QUEUE_NUM, &queue.to_be_bytes())
+                .leaf(nft::QUEUE_TOTAL, &1u16.to_be_bytes())
+                .leaf(nft::QUEUE_FLAGS, &nft::FLAG_BYPASS.to_be_bytes());
+        });
+    body
+}
+
+/// The xtables target NFQUEUE, revision 3, by way of nft_compat.
+fn xtables_queue(queue: u16) -> Body {
+    // struct xt_NFQ_info_v3: queue number, number of queues, flags, in host byte order; padded to
+    // the eight bytes that XT_ALIGN asks for.
+    let mut info = [0u8; 8];
+    info[0..2].copy_from_slice(&queue.to_ne_bytes());
+    info[2..4].copy_from_slice(&1u16.to_ne_bytes());
+    info[4..6].copy_from_slice(&nft::FLAG_BYPASS.to_ne_bytes());
+    let mut body = Body::default();
+    body.text(nft::EXPR_NAME, "target")
+        .nest(nft::EXPR_DATA, |data| {
+            data.text(nft::TARGET_NAME, "NFQUEUE")
+                .leaf(nft::TARGET_REV, &3u32.to_be_bytes())
+                .leaf(nft::TARGET_INFO, &info);
+        });
+    body
+}
+
+/// A request that removes an element of a map, by its key as the kernel has it.
+pub(super) fn delete_element(map: &str, key: &[u8]) -> Request {
+    /// `NFT_MSG_DELSETELEM` and the attributes of `enum nft_set_elem_list_attributes`,
+    /// `enum nft_set_elem_attributes` and `enum nft_data_attributes`.
+    const DELSETELEM: u16 = wire::NFTABLES | 14;
+    const LIST_TABLE: u16 = 1;
+    const LIST_SET: u16 = 2;
+    const LIST_ELEMENTS: u16 = 3;
+    const ELEM_KEY: u16 = 1;
+    const DATA_VALUE: u16 = 1;
+    let mut body = Body::netfilter(NFPROTO_INET, 0);
+    body.text(LIST_TABLE, TABLE)
+        .text(LIST_SET, map)
+        .nest(LIST_ELEMENTS, |list| {
+            list.nest(nft::LIST_ELEM, |element| {
+                element.nest(ELEM_KEY, |data| {
+                    data.leaf(DATA_VALUE, key);
+                });
+            });
+        });
+    Request::new(DELSETELEM, body)
+}
