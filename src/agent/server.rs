@@ -156,6 +156,8 @@ pub struct Counters {
     pub tasks_peak: usize,
     /// Connections accepted so far.
     pub accepted: u64,
+    /// Times so far that a connection could not be accepted, as for lack of file descriptors.
+    pub not_accepted: u64,
     /// Handshakes so far that failed, be it that the key was unknown.
     pub refused: u64,
     /// Handshakes so far that were cut off because there were too many.
@@ -251,6 +253,7 @@ impl Server {
                     // the like): on with the next. Out of descriptors or memory: it would fail
                     // again at once, until something is given back.
                     Err(error) => {
+                        shared.tally.not_accepted.fetch_add(1, Ordering::Relaxed);
                         tracing::warn!(%error, "could not accept a connection");
                         pause = (pause * 2).clamp(Duration::from_millis(5), Duration::from_secs(1));
                     }
@@ -291,6 +294,7 @@ struct Tally {
     handshakes_peak: AtomicUsize,
     tasks_peak: AtomicUsize,
     accepted: AtomicU64,
+    not_accepted: AtomicU64,
     refused: AtomicU64,
     pushed_out: AtomicU64,
     timed_out: AtomicU64,
@@ -308,6 +312,7 @@ impl Shared {
             requests: self.limits.requests - self.requests.available_permits(),
             tasks_peak: tally.tasks_peak.load(Ordering::Relaxed),
             accepted: tally.accepted.load(Ordering::Relaxed),
+            not_accepted: tally.not_accepted.load(Ordering::Relaxed),
             refused: tally.refused.load(Ordering::Relaxed),
             pushed_out: tally.pushed_out.load(Ordering::Relaxed),
             timed_out: tally.timed_out.load(Ordering::Relaxed),

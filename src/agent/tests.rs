@@ -1261,6 +1261,54 @@ async fn a_handler_is_not_cut_off_when_its_caller_goes() {
     );
 }
 
+/// In a process of its own, as the limit is one of the whole process.
+#[test]
+fn without_file_descriptors_it_waits_for_some() {
+    const CHILD: &str = "LIVEMIG_TEST_FEW_DESCRIPTORS";
+    if std::env::var_os(CHILD).is_none() {
+        let this = std::env::current_exe().unwrap();
+        let output = std::process::Command::new(this)
+            .args([
+                "--exact",
+                "agent::tests::without_file_descriptors_it_waits_for_some",
+            ])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && said.contains("1 passed"),
+            "{said}"
+        );
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let agent = Agent::start(Limits::default()).await;
+        let peer = agent.knows("peer");
+        agent.answers(&peer).await;
+        agent.until("quiet", |c| c.connections == 0).await;
+        let open = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64;
+        let few = rustix::process::Rlimit {
+            current: Some(open + 10),
+            maximum: rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum,
+        };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, few).unwrap();
+        let mut half_open = Vec::new();
+        while let Ok(tcp) = TcpStream::connect(agent.socket).await {
+            half_open.push(tcp);
+            assert!(half_open.len() < 20);
+        }
+        agent.until("cannot accept", |c| c.not_accepted >= 3).await;
+        drop(half_open);
+        agent.until("all gone", |c| c.handshakes == 0).await;
+        agent.answers(&peer).await;
+    });
+}
+
 /// Run alone: `cargo test --lib throughput -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "measures; run it alone"]
