@@ -34,6 +34,9 @@ pub enum Error {
     /// The archive of changed files could not be written.
     #[error("could not write the archive of changed files")]
     Write(#[source] io::Error),
+    /// The header in front of a stream is missing, or not what it should be.
+    #[error("the header of the stream cannot be used: {0}")]
+    Header(String),
     /// No room could be made for the archive of changed files.
     #[error("could not make a temporary file in {}", directory.display())]
     Spool {

@@ -11,11 +11,13 @@
 mod archive;
 pub mod delta;
 mod error;
+mod header;
 pub mod splice;
 pub mod transfer;
 
 pub use delta::{Delta, DeltaFile, Layers, Skipped, Summary};
 pub use error::Error;
+pub use header::{beheaded, headed};
 pub use splice::{Captured, spliced, watched};
 pub use transfer::{Compression, Digest, Progress, receive, send};
 

@@ -72,6 +72,11 @@ impl Mark {
         Mark((self.0 & !mask.0) | (other.0 & mask.0))
     }
 
+    /// Whether some direction takes a hop.
+    pub fn is_steered(self) -> bool {
+        self.0 & Mark::MASK.0 != 0
+    }
+
     /// Whether some direction takes this hop.
     pub fn uses(self, hop: HopId) -> bool {
         self.hop(Direction::Original) == Some(hop) || self.hop(Direction::Reply) == Some(hop)

@@ -18,6 +18,7 @@
 
 pub(crate) mod channel;
 mod error;
+pub mod links;
 mod message;
 mod namespace;
 pub mod sockets;

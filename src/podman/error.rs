@@ -202,6 +202,11 @@ impl Error {
         matches!(self, Error::NotFound { .. })
     }
 
+    /// Whether Podman said that something still uses it.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, Error::Refused { status: 409, .. })
+    }
+
     /// What the operator can do, if there is something.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {

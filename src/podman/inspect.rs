@@ -120,6 +120,14 @@ impl Container {
         self.status == Status::Running
     }
 
+    /// The names of its volumes, anonymous ones too.
+    pub fn volumes(&self) -> impl Iterator<Item = &str> {
+        self.mounts.iter().filter_map(|mount| match mount {
+            Mount::Volume { name, .. } => Some(name.as_str()),
+            _ => None,
+        })
+    }
+
     /// Its IPv4 and IPv6 addresses on all of its networks.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.networks.iter().flat_map(|attachment| {

@@ -69,6 +69,11 @@ pub struct Network {
 }
 
 impl Network {
+    /// The MTU it was given, in bytes.
+    pub fn mtu(&self) -> Option<u16> {
+        self.options.get("mtu")?.parse().ok()
+    }
+
     /// Whether a container with this address could be on this network.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.subnets.iter().any(|s| s.subnet.contains(address))

@@ -71,6 +71,15 @@ impl Taken {
         }
     }
 
+    /// The first of them that shares addresses with `network`.
+    pub fn overlapping(&self, network: IpNetwork) -> Option<IpNetwork> {
+        self.0.iter().copied().find(|taken| match (taken, network) {
+            (IpNetwork::V4(taken), IpNetwork::V4(network)) => taken.overlaps(network),
+            (IpNetwork::V6(taken), IpNetwork::V6(network)) => taken.overlaps(network),
+            _ => false,
+        })
+    }
+
     /// The networks.
     pub fn networks(&self) -> &[IpNetwork] {
         &self.0

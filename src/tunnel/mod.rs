@@ -71,6 +71,14 @@ pub fn available() -> Backend {
     }
 }
 
+/// The networks that this host has addresses in, or routes to.
+///
+/// # Errors
+/// [`Error::Netlink`] if the kernel cannot be asked.
+pub async fn taken() -> Result<Taken> {
+    Netlink::open("lo")?.taken().await
+}
+
 /// How this host makes hops.
 #[derive(Debug, Clone)]
 pub struct Settings {
