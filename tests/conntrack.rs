@@ -67,7 +67,11 @@ fn a_published_connection_is_seen_marked_and_heard_of() {
         let published: SocketAddr = published.parse().unwrap();
         within(&net.host, async || {
             let mut events = table.events().unwrap();
-            let mut stream = net.client.run(|| TcpStream::connect(published)).unwrap().unwrap();
+            let mut stream = net
+                .client
+                .run(|| TcpStream::connect(published))
+                .unwrap()
+                .unwrap();
             say(&mut stream, b"before");
 
             let entries = table.dump_container(address(container)).await.unwrap();
@@ -77,37 +81,61 @@ fn a_published_connection_is_seen_marked_and_heard_of() {
             assert_eq!(entry.original.from(), stream.local_addr().unwrap());
             assert_eq!(entry.reply.from(), server.parse().unwrap());
             assert_eq!(entry.tcp.unwrap().state, TcpState::Established);
-            assert!(entry.status.has(Status::PORTABLE.and(Status::DESTINATION_NAT)));
+            assert!(
+                entry
+                    .status
+                    .has(Status::PORTABLE.and(Status::DESTINATION_NAT))
+            );
             assert!(entry.counters.unwrap().0.packets >= 3);
             let flow = entry.flow_of(address(container)).unwrap();
             assert_eq!(flow.opening, Opening::Inbound);
 
             // The lower half of the mark is others' and survives.
             let all = Mark::from_bits(u32::MAX);
-            table.set_mark(&entry.original, Mark::from_bits(0x2000), all).await.unwrap();
+            table
+                .set_mark(&entry.original, Mark::from_bits(0x2000), all)
+                .await
+                .unwrap();
             let (mark, mask) = flow.steering(Some(hop(3)));
             table.set_mark(&entry.original, mark, mask).await.unwrap();
             let marked = table.get(&entry.original).await.unwrap().unwrap();
             assert_eq!(marked.mark.bits(), 0x0300_2000);
             let (mark, mask) = flow.steering(None);
             table.set_mark(&entry.original, mark, mask).await.unwrap();
-            assert_eq!(table.get(&entry.original).await.unwrap().unwrap().mark.bits(), 0x2000);
+            assert_eq!(
+                table
+                    .get(&entry.original)
+                    .await
+                    .unwrap()
+                    .unwrap()
+                    .mark
+                    .bits(),
+                0x2000
+            );
             say(&mut stream, b"after");
 
             table.delete(&entry.original).await.unwrap();
             table.delete(&entry.original).await.unwrap();
             assert_eq!(table.get(&entry.original).await.unwrap(), None);
-            let gone = table.set_mark(&entry.original, Mark::NONE, Mark::MASK).await;
+            let gone = table
+                .set_mark(&entry.original, Mark::NONE, Mark::MASK)
+                .await;
             assert!(gone.unwrap_err().is_gone());
             let mut seen = Vec::new();
             while seen.last() != Some(&Change::Destroy) {
                 match events.next().await.unwrap().unwrap() {
-                    Event::Connection { change, entry: other } if other.original == entry.original => seen.push(change),
+                    Event::Connection {
+                        change,
+                        entry: other,
+                    } if other.original == entry.original => seen.push(change),
                     Event::Connection { .. } => {}
                     other => panic!("{other:?}"),
                 }
             }
-            assert!(seen.contains(&Change::New) && seen.contains(&Change::Update), "{seen:?}");
+            assert!(
+                seen.contains(&Change::New) && seen.contains(&Change::Update),
+                "{seen:?}"
+            );
         });
         // The server is left waiting: without its entry the connection is dead.
         drop(echo);
@@ -120,22 +148,44 @@ fn entries_of_every_protocol_can_be_inserted_and_found_again() {
     let table = Table::open(&net.other).unwrap();
     let ports = (40000, 80);
     let protocols = [
-        Protocol::Tcp { source: ports.0, destination: ports.1 },
-        Protocol::Udp { source: ports.0, destination: ports.1 },
-        Protocol::Sctp { source: ports.0, destination: ports.1 },
-        Protocol::Icmp { id: 7, kind: 8, code: 0 },
-        Protocol::Icmpv6 { id: 7, kind: 128, code: 0 },
+        Protocol::Tcp {
+            source: ports.0,
+            destination: ports.1,
+        },
+        Protocol::Udp {
+            source: ports.0,
+            destination: ports.1,
+        },
+        Protocol::Sctp {
+            source: ports.0,
+            destination: ports.1,
+        },
+        Protocol::Icmp {
+            id: 7,
+            kind: 8,
+            code: 0,
+        },
+        Protocol::Icmpv6 {
+            id: 7,
+            kind: 128,
+            code: 0,
+        },
     ];
     within(&net.other, async || {
         for protocol in protocols {
-            for (source, destination) in [("192.0.2.2", "10.88.0.5"), ("2001:db8::2", "fd00:88::5")] {
+            for (source, destination) in [("192.0.2.2", "10.88.0.5"), ("2001:db8::2", "fd00:88::5")]
+            {
                 let v6 = source.contains(':');
                 match protocol {
                     Protocol::Icmp { .. } if v6 => continue,
                     Protocol::Icmpv6 { .. } if !v6 => continue,
                     _ => {}
                 }
-                let original = Tuple { source: address(source), destination: address(destination), protocol };
+                let original = Tuple {
+                    source: address(source),
+                    destination: address(destination),
+                    protocol,
+                };
                 let entry = Entry {
                     original,
                     reply: original.inverse(),
@@ -144,37 +194,85 @@ fn entries_of_every_protocol_can_be_inserted_and_found_again() {
                     mark: Mark::to(Direction::Reply, hop(1)),
                     tcp: matches!(protocol, Protocol::Tcp { .. }).then_some(TcpInfo {
                         state: TcpState::Established,
-                        original: TcpSide { window_scale: 7, flags: 0x03 }.liberal(),
-                        reply: TcpSide { window_scale: 9, flags: 0x03 }.liberal(),
+                        original: TcpSide {
+                            window_scale: 7,
+                            flags: 0x03,
+                        }
+                        .liberal(),
+                        reply: TcpSide {
+                            window_scale: 9,
+                            flags: 0x03,
+                        }
+                        .liberal(),
                     }),
-                    sctp: matches!(protocol, Protocol::Sctp { .. }).then_some(livemig::conntrack::SctpInfo {
-                        state: 4,
-                        original_tag: 0x1234_5678,
-                        reply_tag: 0x9abc_def0,
-                    }),
+                    sctp: matches!(protocol, Protocol::Sctp { .. }).then_some(
+                        livemig::conntrack::SctpInfo {
+                            state: 4,
+                            original_tag: 0x1234_5678,
+                            reply_tag: 0x9abc_def0,
+                        },
+                    ),
                     counters: None,
                     zone: 0,
                     id: None,
                 };
                 table.insert(&entry).await.unwrap();
-                let found = table.get(&original).await.unwrap().expect("it was inserted");
-                assert_eq!((&found.original, &found.reply), (&entry.original, &entry.reply));
+                let found = table
+                    .get(&original)
+                    .await
+                    .unwrap()
+                    .expect("it was inserted");
+                assert_eq!(
+                    (&found.original, &found.reply),
+                    (&entry.original, &entry.reply)
+                );
                 assert!(found.status.has(Status::PORTABLE), "{found:?}");
-                assert!(!found.status.has(Status::SOURCE_NAT) && !found.status.has(Status::DESTINATION_NAT));
+                assert!(
+                    !found.status.has(Status::SOURCE_NAT)
+                        && !found.status.has(Status::DESTINATION_NAT)
+                );
                 assert!(found.timeout > Duration::from_secs(290), "{found:?}");
-                assert_eq!((found.mark, found.tcp, found.sctp), (entry.mark, entry.tcp, entry.sctp));
+                assert_eq!(
+                    (found.mark, found.tcp, found.sctp),
+                    (entry.mark, entry.tcp, entry.sctp)
+                );
                 // The same again, with another mark, is no error; something else in its place is.
-                let again = Entry { mark: Mark::to(Direction::Reply, hop(2)), ..entry.clone() };
+                let again = Entry {
+                    mark: Mark::to(Direction::Reply, hop(2)),
+                    ..entry.clone()
+                };
                 table.insert(&again).await.unwrap();
-                assert_eq!(table.get(&original).await.unwrap().unwrap().mark, again.mark);
+                assert_eq!(
+                    table.get(&original).await.unwrap().unwrap().mark,
+                    again.mark
+                );
                 let mut clash = entry.clone();
                 clash.reply.destination = address(if v6 { "2001:db8::9" } else { "192.0.2.9" });
                 let error = table.insert(&clash).await.unwrap_err();
-                assert!(error.to_string().contains("another one is in its place"), "{error}");
+                assert!(
+                    error.to_string().contains("another one is in its place"),
+                    "{error}"
+                );
             }
         }
-        assert_eq!(table.dump(Family::V6).await.unwrap().iter().filter(|e| e.concerns(address("fd00:88::5"))).count(), 4);
-        assert_eq!(table.dump_container(address("10.88.0.5")).await.unwrap().len(), 4);
+        assert_eq!(
+            table
+                .dump(Family::V6)
+                .await
+                .unwrap()
+                .iter()
+                .filter(|e| e.concerns(address("fd00:88::5")))
+                .count(),
+            4
+        );
+        assert_eq!(
+            table
+                .dump_container(address("10.88.0.5"))
+                .await
+                .unwrap()
+                .len(),
+            4
+        );
     });
 }
 
@@ -189,7 +287,10 @@ fn thousands_of_entries_are_inserted_marked_and_deleted_quickly() {
                     let original = Tuple {
                         source: address("192.0.2.2"),
                         destination: address("10.88.0.5"),
-                        protocol: Protocol::Tcp { source: 1 + port, destination: 80 },
+                        protocol: Protocol::Tcp {
+                            source: 1 + port,
+                            destination: 80,
+                        },
                     };
                     Entry {
                         original,
@@ -216,10 +317,20 @@ fn thousands_of_entries_are_inserted_marked_and_deleted_quickly() {
             }
             let inserted = start.elapsed();
             let start = Instant::now();
-            assert_eq!(table.dump_container(address("10.88.0.5")).await.unwrap().len(), usize::from(count));
+            assert_eq!(
+                table
+                    .dump_container(address("10.88.0.5"))
+                    .await
+                    .unwrap()
+                    .len(),
+                usize::from(count)
+            );
             let dumped = start.elapsed();
             let start = Instant::now();
-            let marks = tuples.iter().map(|t| (*t, Mark::to(Direction::Reply, hop(1)), Mark::MASK)).collect();
+            let marks = tuples
+                .iter()
+                .map(|t| (*t, Mark::to(Direction::Reply, hop(1)), Mark::MASK))
+                .collect();
             for outcome in table.set_mark_all(marks).await.unwrap() {
                 outcome.unwrap();
             }
@@ -228,8 +339,17 @@ fn thousands_of_entries_are_inserted_marked_and_deleted_quickly() {
             for outcome in table.delete_all(tuples).await.unwrap() {
                 outcome.unwrap();
             }
-            println!("{count} connections: insert {inserted:?}, dump {dumped:?}, mark {marked:?}, delete {:?}", start.elapsed());
-            assert!(table.dump_container(address("10.88.0.5")).await.unwrap().is_empty());
+            println!(
+                "{count} connections: insert {inserted:?}, dump {dumped:?}, mark {marked:?}, delete {:?}",
+                start.elapsed()
+            );
+            assert!(
+                table
+                    .dump_container(address("10.88.0.5"))
+                    .await
+                    .unwrap()
+                    .is_empty()
+            );
         }
     });
 }
@@ -246,7 +366,11 @@ fn the_rules_of_hops_come_and_go_without_a_trace() {
         println!("{with_three}");
         assert_ne!(with_three, before);
         steer::install(hop(3)).await.unwrap();
-        assert_eq!(net.ruleset("host"), with_three, "installing twice is installing once");
+        assert_eq!(
+            net.ruleset("host"),
+            with_three,
+            "installing twice is installing once"
+        );
         steer::install(hop(255)).await.unwrap();
         assert_eq!(steer::installed().await.unwrap(), [hop(3), hop(255)]);
         steer::remove(hop(255)).await.unwrap();
@@ -264,7 +388,11 @@ async fn hand_over(net: &Net, container: &str) -> Vec<Entry> {
     let entries = host.dump_container(address(container)).await.unwrap();
     for entry in &entries {
         let flow = entry.flow_of(address(container)).unwrap();
-        flow.keepable(&["10.88.0.0/24".parse().unwrap(), "fd00:88::/64".parse().unwrap()]).unwrap();
+        flow.keepable(&[
+            "10.88.0.0/24".parse().unwrap(),
+            "fd00:88::/64".parse().unwrap(),
+        ])
+        .unwrap();
         let there = flow.at_destination(hop(1));
         // As it crosses the wire.
         let there = serde_json::from_str(&serde_json::to_string(&there).unwrap()).unwrap();
@@ -322,7 +450,10 @@ fn udp_flows_go_on_at_the_other_host_in_every_direction() {
             for round in 0..20u8 {
                 client.send_to(&[round], published).unwrap();
                 let (length, from) = copy.recv_from(&mut buffer).unwrap();
-                assert_eq!((&buffer[..length], from), (&[round][..], client.local_addr().unwrap()));
+                assert_eq!(
+                    (&buffer[..length], from),
+                    (&[round][..], client.local_addr().unwrap())
+                );
                 copy.send_to(&[round, round], from).unwrap();
                 let (length, from) = client.recv_from(&mut buffer).unwrap();
                 assert_eq!((length, from), (2, published.parse().unwrap()));
@@ -331,7 +462,10 @@ fn udp_flows_go_on_at_the_other_host_in_every_direction() {
             one_way.send_to(b"more", published).unwrap();
             assert_eq!(copy.recv_from(&mut buffer).unwrap().1, one_way_peer);
             copy.send_to(b"at last", one_way_peer).unwrap();
-            assert_eq!(one_way.recv_from(&mut buffer).unwrap().1, published.parse().unwrap());
+            assert_eq!(
+                one_way.recv_from(&mut buffer).unwrap().1,
+                published.parse().unwrap()
+            );
             // The container's own: answers find it, and its packets leave with the old address.
             for (socket, old) in [(&asked, masqueraded), (&asking, waiting)] {
                 outside.send_to(b"answer", old).unwrap();
@@ -341,21 +475,58 @@ fn udp_flows_go_on_at_the_other_host_in_every_direction() {
             }
             let table = Table::open(&net.other).unwrap();
             for entry in table.dump_container(address(inside)).await.unwrap() {
-                assert_eq!(entry.reply, entry.original.inverse(), "translated at the destination");
-                assert!(!entry.status.has(Status::SOURCE_NAT) && !entry.status.has(Status::DESTINATION_NAT));
+                assert_eq!(
+                    entry.reply,
+                    entry.original.inverse(),
+                    "translated at the destination"
+                );
+                assert!(
+                    !entry.status.has(Status::SOURCE_NAT)
+                        && !entry.status.has(Status::DESTINATION_NAT)
+                );
             }
             // What was not handed over is dropped by the guard.
-            let unknown = udp(&net.host, &at(if inside.contains(':') { "fd00:99::1" } else { "10.99.0.1" }, 9));
-            net.at("host", &format!("ip route add {inside} via {} dev livemig3", if inside.contains(':') { "fd00:99::2" } else { "10.99.0.2" }));
+            let unknown = udp(
+                &net.host,
+                &at(
+                    if inside.contains(':') {
+                        "fd00:99::1"
+                    } else {
+                        "10.99.0.1"
+                    },
+                    9,
+                ),
+            );
+            net.at(
+                "host",
+                &format!(
+                    "ip route add {inside} via {} dev livemig3",
+                    if inside.contains(':') {
+                        "fd00:99::2"
+                    } else {
+                        "10.99.0.2"
+                    }
+                ),
+            );
             unknown.send_to(b"intruder", at(inside, 80)).unwrap();
             let other = Table::open(&net.other).unwrap();
             client.send_to(b"last", published).unwrap();
             let (length, _) = copy.recv_from(&mut buffer).unwrap();
             assert_eq!(&buffer[..length], b"last");
-            assert!(other.dump(Family::Both).await.unwrap().iter().all(|e| e.original.source != unknown.local_addr().unwrap().ip()));
+            assert!(
+                other
+                    .dump(Family::Both)
+                    .await
+                    .unwrap()
+                    .iter()
+                    .all(|e| e.original.source != unknown.local_addr().unwrap().ip())
+            );
         });
         let left = net.at("other", "nft list table inet podman");
-        assert!(left.contains("counter packets 0"), "nothing was invalid: {left}");
+        assert!(
+            left.contains("counter packets 0"),
+            "nothing was invalid: {left}"
+        );
     }
 }
 
@@ -363,14 +534,20 @@ fn udp_flows_go_on_at_the_other_host_in_every_direction() {
 fn back_home_a_cleared_mark_is_as_if_it_had_never_left() {
     let net = Net::new();
     let echo = echo_once(&net, "10.88.0.5:80");
-    let mut stream = net.client.run(|| TcpStream::connect("192.0.2.1:8080")).unwrap().unwrap();
+    let mut stream = net
+        .client
+        .run(|| TcpStream::connect("192.0.2.1:8080"))
+        .unwrap()
+        .unwrap();
     say(&mut stream, b"before");
     within(&net.host, async || {
         steer::install(hop(3)).await.unwrap();
         let entries = hand_over(&net, "10.88.0.5").await;
         let there = net.received("other", "livemig1");
         stream.write_all(b"lost in the post").unwrap();
-        until("the packets take the hop", || net.received("other", "livemig1") > there);
+        until("the packets take the hop", || {
+            net.received("other", "livemig1") > there
+        });
         let table = Table::open(&net.host).unwrap();
         for entry in &entries {
             let (mark, mask) = entry.flow_of(address("10.88.0.5")).unwrap().steering(None);
@@ -391,7 +568,12 @@ fn the_sockets_of_a_namespace_show_what_waits_in_them() {
     let net = Net::new();
     let (listener, unread) = net
         .container
-        .run(|| (TcpListener::bind("0.0.0.0:80").unwrap(), UdpSocket::bind("[::]:53").unwrap()))
+        .run(|| {
+            (
+                TcpListener::bind("0.0.0.0:80").unwrap(),
+                UdpSocket::bind("[::]:53").unwrap(),
+            )
+        })
         .unwrap();
     let (client, sender) = net
         .client
@@ -403,19 +585,38 @@ fn the_sockets_of_a_namespace_show_what_waits_in_them() {
     sender.send_to(b"unread", "[fd00:88::5]:53").unwrap();
     let mut diagnosis = sockets::Diagnosis::open(&net.container).unwrap();
     until("the datagram arrives", || {
-        diagnosis.list().unwrap().iter().any(|s| s.kind == Kind::Udp && s.receive_queue > 0)
+        diagnosis
+            .list()
+            .unwrap()
+            .iter()
+            .any(|s| s.kind == Kind::Udp && s.receive_queue > 0)
     });
     let sockets = sockets::list(&net.container).unwrap();
     let listening = sockets.iter().find(|s| s.state == State::Listen).unwrap();
-    assert_eq!(listening.receive_queue, 1, "one connection waits to be accepted");
+    assert_eq!(
+        listening.receive_queue, 1,
+        "one connection waits to be accepted"
+    );
     assert!(listening.has_undelivered());
-    let connection = sockets.iter().find(|s| s.state == State::Established).unwrap();
+    let connection = sockets
+        .iter()
+        .find(|s| s.state == State::Established)
+        .unwrap();
     assert_eq!(connection.remote, client.local_addr().unwrap());
-    assert!(sockets.iter().any(|s| s.kind == Kind::Udp && s.has_undelivered()));
+    assert!(
+        sockets
+            .iter()
+            .any(|s| s.kind == Kind::Udp && s.has_undelivered())
+    );
     let mut buffer = [0; 16];
     unread.recv_from(&mut buffer).unwrap();
     let (mut accepted, _) = listener.accept().unwrap();
-    assert!(!sockets::list(&net.container).unwrap().iter().any(|s| s.has_undelivered()));
+    assert!(
+        !sockets::list(&net.container)
+            .unwrap()
+            .iter()
+            .any(|s| s.has_undelivered())
+    );
     accepted.write_all(b"x").unwrap();
     drop(client);
 }

@@ -63,7 +63,10 @@ impl Status {
 /// `linux/netfilter/nf_conntrack_tcp.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-#[expect(missing_docs, reason = "these are the names of RFC 9293, section 3.3.2")]
+#[expect(
+    missing_docs,
+    reason = "these are the names of RFC 9293, section 3.3.2"
+)]
 pub enum TcpState {
     None,
     SynSent,
@@ -236,7 +239,10 @@ impl Entry {
             body.nest(cta::PROTOINFO, |info| {
                 info.nest(protoinfo::SCTP, |info| {
                     info.leaf(protoinfo::SCTP_STATE, &[sctp.state])
-                        .leaf(protoinfo::SCTP_VTAG_ORIGINAL, &sctp.original_tag.to_be_bytes())
+                        .leaf(
+                            protoinfo::SCTP_VTAG_ORIGINAL,
+                            &sctp.original_tag.to_be_bytes(),
+                        )
                         .leaf(protoinfo::SCTP_VTAG_REPLY, &sctp.reply_tag.to_be_bytes());
                 });
             });
@@ -333,9 +339,18 @@ pub(super) fn write_tuple(body: &mut Body, kind: u16, value: &Tuple) {
         body.nest(tuple::PROTO, |body| {
             body.leaf(proto::NUM, &[value.protocol.number()]);
             match value.protocol {
-                Protocol::Tcp { source, destination }
-                | Protocol::Udp { source, destination }
-                | Protocol::Sctp { source, destination } => {
+                Protocol::Tcp {
+                    source,
+                    destination,
+                }
+                | Protocol::Udp {
+                    source,
+                    destination,
+                }
+                | Protocol::Sctp {
+                    source,
+                    destination,
+                } => {
                     body.leaf(proto::SRC_PORT, &source.to_be_bytes())
                         .leaf(proto::DST_PORT, &destination.to_be_bytes());
                 }
@@ -402,10 +417,19 @@ fn read_protocol(attribute: &Attribute<'_>) -> Option<Protocol> {
     }
     Some(match number? {
         1 => Protocol::Icmp { id, kind, code },
-        6 => Protocol::Tcp { source, destination },
-        17 => Protocol::Udp { source, destination },
+        6 => Protocol::Tcp {
+            source,
+            destination,
+        },
+        17 => Protocol::Udp {
+            source,
+            destination,
+        },
         58 => Protocol::Icmpv6 { id, kind, code },
-        132 => Protocol::Sctp { source, destination },
+        132 => Protocol::Sctp {
+            source,
+            destination,
+        },
         number => Protocol::Other { number },
     })
 }
@@ -483,18 +507,29 @@ pub(super) mod tests {
         let query = (any::<u16>(), any::<u8>(), any::<u8>());
         prop_oneof![
             (ports.clone(), any::<bool>()).prop_map(|((source, destination), v6)| (
-                Protocol::Tcp { source, destination },
+                Protocol::Tcp {
+                    source,
+                    destination
+                },
                 v6
             )),
             (ports.clone(), any::<bool>()).prop_map(|((source, destination), v6)| (
-                Protocol::Udp { source, destination },
+                Protocol::Udp {
+                    source,
+                    destination
+                },
                 v6
             )),
             (ports, any::<bool>()).prop_map(|((source, destination), v6)| (
-                Protocol::Sctp { source, destination },
+                Protocol::Sctp {
+                    source,
+                    destination
+                },
                 v6
             )),
-            query.clone().prop_map(|(id, kind, code)| (Protocol::Icmp { id, kind, code }, false)),
+            query
+                .clone()
+                .prop_map(|(id, kind, code)| (Protocol::Icmp { id, kind, code }, false)),
             query.prop_map(|(id, kind, code)| (Protocol::Icmpv6 { id, kind, code }, true)),
         ]
     }

@@ -103,9 +103,7 @@ impl Error {
                 "if that connection is a remnant, remove it: conntrack -D {}",
                 existing.original.as_conntrack_arguments()
             )),
-            Error::NftExecution { source, .. }
-                if source.kind() == std::io::ErrorKind::NotFound =>
-            {
+            Error::NftExecution { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 Some("install the package nftables".to_owned())
             }
             Error::NftExecution { .. } | Error::NftRefused { .. } => {

@@ -125,7 +125,8 @@ impl Stream for Events {
                 Err(_would_block) => {}
                 Ok(Ok((length, _))) => {
                     let received = &this.buffer[..length.min(this.buffer.len())];
-                    this.waiting.extend(Messages::new(received).filter_map(|m| read(&m)));
+                    this.waiting
+                        .extend(Messages::new(received).filter_map(|m| read(&m)));
                 }
                 Ok(Err(e)) if Errno::from_io_error(&e) == Some(Errno::NOBUFS) => {
                     return Poll::Ready(Some(Ok(Event::Lost)));

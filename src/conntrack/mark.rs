@@ -31,7 +31,9 @@ impl Direction {
 /// Its upper half is livemig's: bits 24 to 31 are the hop for packets in the original direction,
 /// bits 16 to 23 that for the reply direction, zero being ordinary routing. The lower half is
 /// others' (Podman uses 0x2000 of packet marks) and is left alone.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Mark(u32);
 
@@ -105,8 +107,14 @@ mod tests {
         let three = HopId::try_from(3).unwrap();
         let last = HopId::MAX;
         let mark = Mark::from_bits(0x2000)
-            .with(Mark::to(Direction::Original, three), Mark::mask(Direction::Original))
-            .with(Mark::to(Direction::Reply, last), Mark::mask(Direction::Reply));
+            .with(
+                Mark::to(Direction::Original, three),
+                Mark::mask(Direction::Original),
+            )
+            .with(
+                Mark::to(Direction::Reply, last),
+                Mark::mask(Direction::Reply),
+            );
         assert_eq!(mark.bits(), 0x03ff_2000);
         assert_eq!(mark.hop(Direction::Original), Some(three));
         assert_eq!(mark.hop(Direction::Reply), Some(last));

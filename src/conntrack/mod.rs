@@ -27,6 +27,7 @@ mod entry;
 mod error;
 mod events;
 mod flow;
+pub mod hold;
 mod mark;
 mod ruleset;
 pub mod steer;

@@ -258,7 +258,9 @@ impl Rules {
 /// ERESTART is the kernel's answer to an outdated generation. It is not meant for user space and
 /// so has no name there (`include/linux/errno.h`).
 fn is_restart(error: &netlink::Error) -> bool {
-    error.errno().is_some_and(|errno| errno.raw_os_error() == 85)
+    error
+        .errno()
+        .is_some_and(|errno| errno.raw_os_error() == 85)
 }
 
 fn queue_rule(chain: &str, expression: &Body) -> Request {

@@ -83,7 +83,10 @@ pub async fn install(hop: HopId) -> Result<()> {
     let (guard, into) = (guard_chain(hop), into_chain(hop));
     let mut commands = vec![
         ruleset::add_table(),
-        add("map", json!({ "name": "guard", "type": "ifname", "map": "verdict" })),
+        add(
+            "map",
+            json!({ "name": "guard", "type": "ifname", "map": "verdict" }),
+        ),
     ];
     for direction in directions {
         commands.push(add(

@@ -80,15 +80,19 @@ impl Table {
 
     /// Every connection.
     pub async fn dump(&self, family: Family) -> Result<Vec<Entry>> {
-        self.with("list connections", move |channel| dump(channel, family, |_| true))
-            .await
+        self.with("list connections", move |channel| {
+            dump(channel, family, |_| true)
+        })
+        .await
     }
 
     /// Every connection of a container: those whose answers come from its address, and those that
     /// it opened.
     pub async fn dump_container(&self, address: IpAddr) -> Result<Vec<Entry>> {
         self.with("list connections", move |channel| {
-            dump(channel, Family::of(address), |entry| entry.concerns(address))
+            dump(channel, Family::of(address), |entry| {
+                entry.concerns(address)
+            })
         })
         .await
     }
@@ -96,8 +100,10 @@ impl Table {
     /// The connection with this original tuple, if there is one.
     pub async fn get(&self, original: &Tuple) -> Result<Option<Entry>> {
         let original = *original;
-        self.with("look up a connection", move |channel| get(channel, &original, 0))
-            .await
+        self.with("look up a connection", move |channel| {
+            get(channel, &original, 0)
+        })
+        .await
     }
 
     /// Inserts a connection. If the very same one is there already it gets this one's mark.
@@ -214,11 +220,17 @@ fn refused(doing: &'static str, original: &Tuple, source: netlink::Error) -> Err
     }
 }
 
-fn dump(channel: &mut Channel, family: Family, wanted: impl Fn(&Entry) -> bool) -> Result<Vec<Entry>> {
+fn dump(
+    channel: &mut Channel,
+    family: Family,
+    wanted: impl Fn(&Entry) -> bool,
+) -> Result<Vec<Entry>> {
     let request = Request::new(wire::CT_GET, Body::netfilter(family.number(), 0));
-    Ok(channel.dump("list connections", &request, |found, message| {
-        found.extend(Entry::decode(message).filter(&wanted));
-    })?)
+    Ok(
+        channel.dump("list connections", &request, |found, message| {
+            found.extend(Entry::decode(message).filter(&wanted));
+        })?,
+    )
 }
 
 fn get(channel: &mut Channel, original: &Tuple, zone: u16) -> Result<Option<Entry>> {
@@ -264,8 +276,7 @@ fn settle(channel: &mut Channel, wanted: Entry) -> Result<()> {
         }
     }
     // What was in the way has ended in between.
-    let request =
-        Request::new(wire::CT_NEW, wanted.encode()).with(NlmF::CREATE | NlmF::EXCL);
+    let request = Request::new(wire::CT_NEW, wanted.encode()).with(NlmF::CREATE | NlmF::EXCL);
     match channel.ask("insert a connection", request) {
         Ok(_) => Ok(()),
         Err(source) => Err(refused("insert", &wanted.original, source)),

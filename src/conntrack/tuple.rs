@@ -83,9 +83,18 @@ impl Protocol {
     /// The sender's and the receiver's port, of a protocol that has ports.
     pub const fn ports(&self) -> Option<(u16, u16)> {
         match self {
-            Protocol::Tcp { source, destination }
-            | Protocol::Udp { source, destination }
-            | Protocol::Sctp { source, destination } => Some((*source, *destination)),
+            Protocol::Tcp {
+                source,
+                destination,
+            }
+            | Protocol::Udp {
+                source,
+                destination,
+            }
+            | Protocol::Sctp {
+                source,
+                destination,
+            } => Some((*source, *destination)),
             _ => None,
         }
     }
@@ -94,15 +103,24 @@ impl Protocol {
     #[must_use]
     pub const fn inverse(self) -> Protocol {
         match self {
-            Protocol::Tcp { source, destination } => Protocol::Tcp {
+            Protocol::Tcp {
+                source,
+                destination,
+            } => Protocol::Tcp {
                 source: destination,
                 destination: source,
             },
-            Protocol::Udp { source, destination } => Protocol::Udp {
+            Protocol::Udp {
+                source,
+                destination,
+            } => Protocol::Udp {
                 source: destination,
                 destination: source,
             },
-            Protocol::Sctp { source, destination } => Protocol::Sctp {
+            Protocol::Sctp {
+                source,
+                destination,
+            } => Protocol::Sctp {
                 source: destination,
                 destination: source,
             },
@@ -178,9 +196,12 @@ impl Tuple {
 
     /// The arguments with which conntrack-tools mean this tuple.
     pub(crate) fn as_conntrack_arguments(&self) -> String {
-        let ports = self.protocol.ports().map_or(String::new(), |(source, destination)| {
-            format!(" --sport {source} --dport {destination}")
-        });
+        let ports = self
+            .protocol
+            .ports()
+            .map_or(String::new(), |(source, destination)| {
+                format!(" --sport {source} --dport {destination}")
+            });
         format!(
             "-p {} -s {} -d {}{ports}",
             self.protocol.name(),
@@ -205,7 +226,13 @@ impl fmt::Display for Tuple {
                 "protocol {number} {} → {}",
                 self.source, self.destination
             ),
-            _ => write!(f, "{} {} → {}", self.protocol.name(), self.from(), self.to()),
+            _ => write!(
+                f,
+                "{} {} → {}",
+                self.protocol.name(),
+                self.from(),
+                self.to()
+            ),
         }
     }
 }

@@ -1,6 +1,9 @@
 //! Numbers of the kernel's interface, named as in its headers.
 
-#![allow(dead_code, reason = "whole enumerations are easier to check against the headers")]
+#![allow(
+    dead_code,
+    reason = "whole enumerations are easier to check against the headers"
+)]
 
 /// `NFNL_SUBSYS_*` of `linux/netfilter/nfnetlink.h`, shifted to where a message type has them.
 pub const CTNETLINK: u16 = 1 << 8;

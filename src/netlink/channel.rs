@@ -59,7 +59,7 @@ impl Request {
     }
 
     /// Appends the whole message to what is to be sent.
-    fn write(self, sequence: u32, flags: NlmF, to: &mut Vec<u8>) -> io::Result<()> {
+    pub(crate) fn write(self, sequence: u32, flags: NlmF, to: &mut Vec<u8>) -> io::Result<()> {
         let message = NlmsghdrBuilder::<u16, Buffer>::default()
             .nl_type(self.kind)
             .nl_flags(self.flags | flags | NlmF::REQUEST)

@@ -22,7 +22,10 @@ const IPPROTO_UDP: u8 = 17;
 /// What state a TCP socket is in (`enum` in `net/tcp_states.h`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-#[expect(missing_docs, reason = "these are the names of RFC 9293, section 3.3.2")]
+#[expect(
+    missing_docs,
+    reason = "these are the names of RFC 9293, section 3.3.2"
+)]
 pub enum State {
     Established,
     SynSent,
@@ -156,7 +159,9 @@ fn read(kind: Kind, message: &Message<'_>) -> Option<Socket> {
     let port = |at: usize| u16::from_be_bytes([answer[at], answer[at + 1]]);
     let address = |at: usize| -> Option<IpAddr> {
         Some(if answer[0] == AF_INET {
-            IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(&answer[at..at + 4]).ok()?))
+            IpAddr::from(Ipv4Addr::from(
+                <[u8; 4]>::try_from(&answer[at..at + 4]).ok()?,
+            ))
         } else {
             IpAddr::from(Ipv6Addr::from(
                 <[u8; 16]>::try_from(&answer[at..at + 16]).ok()?,

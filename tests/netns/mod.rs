@@ -93,24 +93,56 @@ impl Net {
         for name in NAMES {
             net.at(name, "ip link set lo up");
         }
-        let link = |a: &str, an: &str, a_addresses: &[&str], b: &str, bn: &str, b_addresses: &[&str]| {
-            let (an_ns, bn_ns) = (net.name(a), net.name(b));
-            run(&[
-                "ip", "link", "add", an, "netns", &an_ns, "type", "veth", "peer", "name", bn,
-                "netns", &bn_ns,
-            ]);
-            for (ns, interface, addresses) in [(a, an, a_addresses), (b, bn, b_addresses)] {
-                for address in addresses {
-                    let nodad = if address.contains(':') { " nodad" } else { "" };
-                    net.at(ns, &format!("ip address add {address} dev {interface}{nodad}"));
+        let link =
+            |a: &str, an: &str, a_addresses: &[&str], b: &str, bn: &str, b_addresses: &[&str]| {
+                let (an_ns, bn_ns) = (net.name(a), net.name(b));
+                run(&[
+                    "ip", "link", "add", an, "netns", &an_ns, "type", "veth", "peer", "name", bn,
+                    "netns", &bn_ns,
+                ]);
+                for (ns, interface, addresses) in [(a, an, a_addresses), (b, bn, b_addresses)] {
+                    for address in addresses {
+                        let nodad = if address.contains(':') { " nodad" } else { "" };
+                        net.at(
+                            ns,
+                            &format!("ip address add {address} dev {interface}{nodad}"),
+                        );
+                    }
+                    net.at(ns, &format!("ip link set {interface} up"));
                 }
-                net.at(ns, &format!("ip link set {interface} up"));
-            }
-        };
-        link("client", "eth0", &["192.0.2.2/24", "2001:db8::2/64"], "host", "wan", &["192.0.2.1/24", "2001:db8::1/64"]);
-        link("host", "bridge", &["10.88.0.1/24", "fd00:88::1/64"], "container", "eth0", &["10.88.0.5/24", "fd00:88::5/64"]);
-        link("other", "bridge", &["10.88.0.1/24", "fd00:88::1/64"], "copy", "eth0", &["10.88.0.5/24", "fd00:88::5/64"]);
-        link("host", "livemig3", &["10.99.0.1/30", "fd00:99::1/64"], "other", "livemig1", &["10.99.0.2/30", "fd00:99::2/64"]);
+            };
+        link(
+            "client",
+            "eth0",
+            &["192.0.2.2/24", "2001:db8::2/64"],
+            "host",
+            "wan",
+            &["192.0.2.1/24", "2001:db8::1/64"],
+        );
+        link(
+            "host",
+            "bridge",
+            &["10.88.0.1/24", "fd00:88::1/64"],
+            "container",
+            "eth0",
+            &["10.88.0.5/24", "fd00:88::5/64"],
+        );
+        link(
+            "other",
+            "bridge",
+            &["10.88.0.1/24", "fd00:88::1/64"],
+            "copy",
+            "eth0",
+            &["10.88.0.5/24", "fd00:88::5/64"],
+        );
+        link(
+            "host",
+            "livemig3",
+            &["10.99.0.1/30", "fd00:99::1/64"],
+            "other",
+            "livemig1",
+            &["10.99.0.2/30", "fd00:99::2/64"],
+        );
         for host in ["host", "other"] {
             for setting in [
                 "net.ipv4.ip_forward=1",
@@ -129,7 +161,14 @@ impl Net {
             net.at(inside, "ip -6 route add default via fd00:88::1");
         }
         // The other host's own way out, which must not be taken.
-        link("client", "eth1", &["198.51.100.2/24", "2001:db8:1::2/64"], "other", "wan", &["198.51.100.1/24", "2001:db8:1::1/64"]);
+        link(
+            "client",
+            "eth1",
+            &["198.51.100.2/24", "2001:db8:1::2/64"],
+            "other",
+            "wan",
+            &["198.51.100.1/24", "2001:db8:1::1/64"],
+        );
         net.at("other", "ip route add default via 198.51.100.2");
         net.at("other", "ip -6 route add default via 2001:db8:1::2");
         // A hop: a routing table, and a rule by packet mark. The veth needs next hops.
@@ -140,14 +179,34 @@ impl Net {
             let table = 0x6c_6d00 + hop;
             let mark = format!("{:#x}/0xff000000", hop << 24);
             for (version, next) in [("-4", v4), ("-6", v6)] {
-                net.at(host, &format!("ip {version} route add default via {next} dev livemig{hop} table {table}"));
-                net.at(host, &format!("ip {version} rule add fwmark {mark} lookup {table} priority 100"));
+                net.at(
+                    host,
+                    &format!(
+                        "ip {version} route add default via {next} dev livemig{hop} table {table}"
+                    ),
+                );
+                net.at(
+                    host,
+                    &format!("ip {version} rule add fwmark {mark} lookup {table} priority 100"),
+                );
             }
-            net.at(host, &format!("sysctl -qw net.ipv4.conf.livemig{hop}.rp_filter=2"));
+            net.at(
+                host,
+                &format!("sysctl -qw net.ipv4.conf.livemig{hop}.rp_filter=2"),
+            );
             // A tunnel has no neighbours to be found, and the guard would not let the search in.
             let ether = |last| format!("02:00:00:00:00:{last:02}");
-            net.at(host, &format!("ip link set livemig{hop} address {}", ether(hop)));
-            net.at(host, &format!("ip -6 neighbour replace {v6} lladdr {} dev livemig{hop}", ether(4 - hop)));
+            net.at(
+                host,
+                &format!("ip link set livemig{hop} address {}", ether(hop)),
+            );
+            net.at(
+                host,
+                &format!(
+                    "ip -6 neighbour replace {v6} lladdr {} dev livemig{hop}",
+                    ether(4 - hop)
+                ),
+            );
         }
         for host in ["host", "other"] {
             net.rules(

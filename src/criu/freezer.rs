@@ -1,0 +1,707 @@
+//! Stopping all processes of a container at once, and letting them go.
+//!
+//! CRIU can do this itself, but looks whether they have stopped in steps of 100 ms. Done
+//! beforehand it takes well under a millisecond, CRIU finds the cgroup frozen, and (with
+//! `--leave-running`) leaves it so: nothing of the source is lost until the destination has said
+//! that the container runs there.
+//!
+//! It must be the very cgroup that the runtime tells CRIU to freeze. CRIU thaws that one while it
+//! traces the processes, which does nothing as long as a cgroup above it is frozen too, and it
+//! would then wait for ever (`freeze_processes` in CRIU's `criu/seize.c`). The runtimes name the
+//! cgroup that they manage: `libpod-<id>` or `libpod-<id>.scope`, and under systemd crun's own
+//! child of that, `container` (`find_systemd_subgroup` in crun's `src/libcrun/cgroup-systemd.c`).
+//! conmon lives beside it, in `libpod-conmon-<id>`, and must go on running.
+
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+
+use super::processes::gone;
+use super::{Error, Result};
+
+/// The kernel's two interfaces for freezing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Kind {
+    /// cgroup v2: `cgroup.freeze`, answered in `cgroup.events`.
+    Unified,
+    /// The v1 controller `freezer`: `freezer.state`.
+    Legacy,
+}
+
+/// The cgroup that stops a container's processes.
+///
+/// It can be written down and read back later, which is how a crashed migration finds what it has
+/// to thaw.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freezer {
+    path: PathBuf,
+    kind: Kind,
+}
+
+/// Whether a container's processes are stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// They run.
+    Thawed,
+    /// They have been told to stop and have not all done so.
+    Freezing,
+    /// They have stopped.
+    Frozen,
+    /// The cgroup is not there any more, so the container is not either.
+    Gone,
+}
+
+impl Freezer {
+    /// Finds the cgroup of a container by its first process.
+    ///
+    /// `root` is `/`, or another host's root directory as this process sees it, with its `proc` and
+    /// `sys` in it. The process is numbered as that `proc` numbers it.
+    ///
+    /// # Errors
+    /// [`Error::NoFreezer`] if the process has no cgroup that can be frozen, or if it is Podman's
+    /// monitor; [`Error::Read`] if `proc` cannot be read.
+    pub fn of(pid: u32, root: &Path) -> Result<Freezer> {
+        let read = |path: PathBuf| {
+            std::fs::read_to_string(&path).map_err(|source| Error::Read { path, source })
+        };
+        let cgroups = read(root.join(format!("proc/{pid}/cgroup")))?;
+        let mounts = read(root.join("proc/self/mountinfo"))?;
+        let none = |why: String| Error::NoFreezer { pid, why };
+        let mut why = String::from("no cgroup file system with a freezer is mounted");
+        for (kind, mount) in hierarchies(&mounts) {
+            let Some(own) = own_cgroup(&cgroups, kind) else {
+                continue;
+            };
+            let managed = managed(own);
+            if managed
+                .file_name()
+                .is_some_and(|n| n.as_encoded_bytes().starts_with(CONMON))
+            {
+                return Err(none("it is Podman's monitor and not the container".into()));
+            }
+            let Some(path) = mount.path(&managed, root) else {
+                why = format!("its cgroup {own} is outside of what is mounted here");
+                continue;
+            };
+            if managed == Path::new("/") {
+                why = "it is in the root cgroup, which cannot be frozen".into();
+                continue;
+            }
+            let freezer = Freezer { path, kind };
+            if freezer.control().exists() {
+                return Ok(freezer);
+            }
+            why = format!("{} is not there", freezer.control().display());
+        }
+        Err(none(why))
+    }
+
+    /// The cgroup's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn control(&self) -> PathBuf {
+        self.path.join(match self.kind {
+            Kind::Unified => "cgroup.freeze",
+            Kind::Legacy => "freezer.state",
+        })
+    }
+
+    /// Whether the processes are stopped.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if the cgroup cannot be read.
+    pub fn state(&self) -> Result<State> {
+        match self.try_state() {
+            Ok(state) => Ok(state),
+            Err(error) if gone(&error) => Ok(State::Gone),
+            Err(source) => Err(Error::Read {
+                path: self.path.clone(),
+                source,
+            }),
+        }
+    }
+
+    fn try_state(&self) -> io::Result<State> {
+        let control = std::fs::read_to_string(self.control())?;
+        Ok(match (self.kind, control.trim_end()) {
+            (Kind::Legacy, "FROZEN") => State::Frozen,
+            (Kind::Legacy, "FREEZING") => State::Freezing,
+            (Kind::Legacy, _) => State::Thawed,
+            (Kind::Unified, wanted) => {
+                let events = std::fs::read_to_string(self.events())?;
+                let frozen = events.lines().any(|line| line == "frozen 1");
+                match (wanted, frozen) {
+                    // Also where a cgroup above this one is frozen.
+                    (_, true) => State::Frozen,
+                    ("0", false) => State::Thawed,
+                    (_, false) => State::Freezing,
+                }
+            }
+        })
+    }
+
+    fn events(&self) -> PathBuf {
+        self.path.join("cgroup.events")
+    }
+
+    /// Stops all processes and returns how long that took.
+    ///
+    /// If they have not stopped within `bound` they are let go again. If the future is dropped,
+    /// they stay as they are: [`Freezer::thaw`] undoes that.
+    ///
+    /// # Errors
+    /// [`Error::NotFrozen`] after `bound`; [`Error::Write`] and [`Error::Read`] if the cgroup does
+    /// not answer, for instance because the container has ended.
+    pub async fn freeze(&self, bound: Duration) -> Result<Duration> {
+        let begin = Instant::now();
+        let failed = |source| Error::Read {
+            path: self.path.clone(),
+            source,
+        };
+        let changes = match self.kind {
+            Kind::Unified => Some(self.watch().map_err(failed)?),
+            Kind::Legacy => None,
+        };
+        self.write(match self.kind {
+            Kind::Unified => "1",
+            Kind::Legacy => "FROZEN",
+        })?;
+        let mut pause = Duration::from_micros(200);
+        let mut looks = 0_u32;
+        loop {
+            if self.try_state().map_err(failed)? == State::Frozen {
+                return Ok(begin.elapsed());
+            }
+            let Some(left) = bound.checked_sub(begin.elapsed()) else {
+                self.thaw()?;
+                return Err(Error::NotFrozen {
+                    path: self.path.clone(),
+                    waited: begin.elapsed(),
+                });
+            };
+            match &changes {
+                Some(changes) => {
+                    // The kernel tells of every change; looking again now and then costs nothing.
+                    let soon = left.min(Duration::from_millis(20));
+                    if let Ok(ready) = tokio::time::timeout(soon, changes.readable()).await {
+                        drain(&mut ready.map_err(failed)?).map_err(failed)?;
+                    }
+                }
+                None => {
+                    // The v1 freezer tells nothing, and can miss a process unless it is asked again
+                    // (`cgroupv1_freezer_kludges` in CRIU's criu/seize.c).
+                    tokio::time::sleep(pause.min(left)).await;
+                    pause = (pause * 2).min(Duration::from_millis(10));
+                    looks += 1;
+                    if looks.is_multiple_of(8) {
+                        self.write("FROZEN")?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn watch(&self) -> io::Result<AsyncFd<std::os::fd::OwnedFd>> {
+        let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        inotify::add_watch(&watch, self.events(), WatchFlags::MODIFY)?;
+        // SAFETY: the value owns its descriptor, and nothing here closes or replaces it.
+        Ok(unsafe { AsyncFd::register(watch) }?)
+    }
+
+    /// Lets all processes go on. Doing it twice does no harm, nor does a container that is gone.
+    ///
+    /// # Errors
+    /// [`Error::Write`] if the cgroup is there but cannot be thawed.
+    pub fn thaw(&self) -> Result<()> {
+        let thawed = match self.kind {
+            Kind::Unified => "0",
+            Kind::Legacy => "THAWED",
+        };
+        match self.write(thawed) {
+            Err(Error::Write { source, .. }) if gone(&source) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn write(&self, value: &'static str) -> Result<()> {
+        let path = self.control();
+        // Never made: a cgroup that has gone stays gone.
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
+            .map_err(|source| Error::Write {
+                value,
+                path,
+                source,
+            })
+    }
+}
+
+fn drain(
+    ready: &mut tokio::io::unix::AsyncFdReadyGuard<'_, std::os::fd::OwnedFd>,
+) -> io::Result<()> {
+    let mut events = [0; 1024];
+    loop {
+        match rustix::io::read(ready.get_inner(), &mut events) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::AGAIN) => {
+                ready.clear_ready();
+                return Ok(());
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// A mounted cgroup hierarchy.
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    /// The cgroup that is mounted.
+    root: PathBuf,
+    /// Where it is mounted.
+    at: PathBuf,
+}
+
+impl Mount {
+    /// Where a cgroup is to be found, if it is below what is mounted.
+    fn path(&self, cgroup: &Path, root: &Path) -> Option<PathBuf> {
+        // Outside of this cgroup namespace paths climb: they cannot be found from here.
+        let below = cgroup.strip_prefix(&self.root).ok()?;
+        if below.components().any(|part| part == Component::ParentDir) {
+            return None;
+        }
+        Some(
+            root.join(self.at.strip_prefix("/").unwrap_or(&self.at))
+                .join(below),
+        )
+    }
+}
+
+/// The mounted hierarchies that can freeze, the one that runtimes and CRIU would use first.
+///
+/// They go by what is mounted at `/sys/fs/cgroup`: cgroup v2, or else v1's freezer. Where neither
+/// is there, a second v2 mount (`/sys/fs/cgroup/unified` of hybrid systems) is still good enough
+/// for us.
+fn hierarchies(mountinfo: &str) -> Vec<(Kind, Mount)> {
+    let mut found: Vec<(u8, Kind, Mount)> = Vec::new();
+    for line in mountinfo.lines() {
+        // proc_pid_mountinfo(5): ID parent device root mount-point options [tags] - type source
+        // super-options
+        let Some((left, right)) = line.split_once(" - ") else {
+            continue;
+        };
+        let mut fields = left.split(' ').skip(3);
+        let (Some(root), Some(at)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        let mut right = right.split(' ');
+        let kind = right.next();
+        let options = right.nth(1).unwrap_or_default();
+        let mount = Mount {
+            root: unescaped(root),
+            at: unescaped(at),
+        };
+        match kind {
+            Some("cgroup2") if mount.at == Path::new("/sys/fs/cgroup") => {
+                found.push((0, Kind::Unified, mount));
+            }
+            Some("cgroup") if options.split(',').any(|o| o == "freezer") => {
+                found.push((1, Kind::Legacy, mount));
+            }
+            Some("cgroup2") => found.push((2, Kind::Unified, mount)),
+            _ => {}
+        }
+    }
+    found.sort_by_key(|(rank, ..)| *rank);
+    found
+        .into_iter()
+        .map(|(_, kind, mount)| (kind, mount))
+        .collect()
+}
+
+/// Blanks and the like are written as a backslash and three octal digits.
+fn unescaped(field: &str) -> PathBuf {
+    let mut path = String::new();
+    let mut parts = field.split('\\');
+    path.push_str(parts.next().unwrap_or_default());
+    for part in parts {
+        match part
+            .get(..3)
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok())
+        {
+            Some(byte) => {
+                path.push(char::from(byte));
+                path.push_str(&part[3..]);
+            }
+            None => {
+                path.push('\\');
+                path.push_str(part);
+            }
+        }
+    }
+    PathBuf::from(path)
+}
+
+/// A process's cgroup in the hierarchy, from its `/proc/<pid>/cgroup`.
+fn own_cgroup(cgroups: &str, kind: Kind) -> Option<&str> {
+    cgroups.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':');
+        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        let right = match kind {
+            Kind::Unified => number == "0" && controllers.is_empty(),
+            Kind::Legacy => controllers.split(',').any(|c| c == "freezer"),
+        };
+        right.then_some(path)
+    })
+}
+
+const CONMON: &[u8] = b"libpod-conmon-";
+
+/// The cgroup that the runtime manages, from that of one of the container's processes, which may
+/// have made cgroups of its own below it.
+fn managed(own: &str) -> PathBuf {
+    let mut managed = PathBuf::from("/");
+    let mut parts = own.split('/').filter(|part| !part.is_empty()).peekable();
+    while let Some(part) = parts.next() {
+        managed.push(part);
+        if part.as_bytes().starts_with(CONMON) {
+            return managed;
+        }
+        let id = part
+            .strip_prefix("libpod-payload-")
+            .or(part.strip_prefix("libpod-"));
+        let Some(id) = id else { continue };
+        let (id, scope) = id
+            .strip_suffix(".scope")
+            .map_or((id, false), |id| (id, true));
+        if id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit()) {
+            if scope && parts.peek() == Some(&"container") {
+                managed.push("container");
+            }
+            return managed;
+        }
+    }
+    managed
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child, Command, Stdio};
+
+    use super::super::processes;
+    use super::*;
+
+    const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+    #[test]
+    fn the_runtimes_cgroup_is_found_above_the_containers_own() {
+        for (own, expected) in [
+            ("/libpod_parent/libpod-ID", "/libpod_parent/libpod-ID"),
+            (
+                "/libpod_parent/libpod-ID/init.scope",
+                "/libpod_parent/libpod-ID",
+            ),
+            (
+                "/machine.slice/libpod-ID.scope",
+                "/machine.slice/libpod-ID.scope",
+            ),
+            // crun below systemd, and a systemd in the container below that.
+            (
+                "/machine.slice/libpod-ID.scope/container/system.slice",
+                "/machine.slice/libpod-ID.scope/container",
+            ),
+            // runc has no such child: this one is the container's own.
+            (
+                "/libpod_parent/libpod-ID/container",
+                "/libpod_parent/libpod-ID",
+            ),
+            (
+                "/libpod_parent/libpod_pod_ID/libpod-ID",
+                "/libpod_parent/libpod_pod_ID/libpod-ID",
+            ),
+            (
+                "/x.service/libpod-payload-ID/y",
+                "/x.service/libpod-payload-ID",
+            ),
+            ("/libpod-conmon-ID/x", "/libpod-conmon-ID"),
+            ("/libpod-short/x", "/libpod-short/x"),
+            ("/", "/"),
+        ] {
+            assert_eq!(
+                managed(&own.replace("ID", ID)),
+                Path::new(&expected.replace("ID", ID))
+            );
+        }
+    }
+
+    /// A host's `proc` and `sys`, as files.
+    fn host(cgroup: &str, mountinfo: &str, controls: &[&str]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().expect("a directory");
+        let proc = root.path().join("proc");
+        for directory in ["self", "7"] {
+            std::fs::create_dir_all(proc.join(directory)).expect("made");
+        }
+        std::fs::write(proc.join("7/cgroup"), cgroup).expect("written");
+        std::fs::write(proc.join("self/mountinfo"), mountinfo).expect("written");
+        for control in controls {
+            let path = root.path().join(control);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+            std::fs::write(path, "").expect("written");
+        }
+        root
+    }
+
+    const V2: &str =
+        "30 20 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
+    const HYBRID: &str = "\
+        31 20 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+        32 20 0:28 / /sys/fs/cgroup/freezer rw - cgroup cgroup rw,freezer\n\
+        33 20 0:29 / /sys/fs/cgroup/cpu\\040acct rw - cgroup cgroup rw,cpu,cpuacct\n";
+
+    #[test]
+    fn the_hierarchy_is_the_one_that_runtimes_use() {
+        let name = format!("libpod-{ID}");
+        let host_v2 = host(
+            &format!("5:freezer:/elsewhere\n0::/{name}/sub\n"),
+            &format!("{HYBRID}{V2}"),
+            &[&format!("sys/fs/cgroup/{name}/cgroup.freeze")],
+        );
+        let freezer = Freezer::of(7, host_v2.path()).expect("found");
+        assert_eq!(
+            freezer.path(),
+            host_v2.path().join("sys/fs/cgroup").join(&name)
+        );
+        assert_eq!(freezer.kind, Kind::Unified);
+
+        let both = format!("5:cpu,freezer:/{name}\n0::/{name}\n");
+        let hybrid = host(
+            &both,
+            HYBRID,
+            &[
+                &format!("sys/fs/cgroup/freezer/{name}/freezer.state"),
+                &format!("sys/fs/cgroup/unified/{name}/cgroup.freeze"),
+            ],
+        );
+        assert_eq!(
+            Freezer::of(7, hybrid.path()).expect("found").kind,
+            Kind::Legacy
+        );
+
+        let only_v2 = host(
+            &format!("5:freezer:/\n0::/{name}\n"),
+            HYBRID,
+            &[&format!("sys/fs/cgroup/unified/{name}/cgroup.freeze")],
+        );
+        assert_eq!(
+            Freezer::of(7, only_v2.path()).expect("found").kind,
+            Kind::Unified
+        );
+    }
+
+    #[test]
+    fn what_must_not_be_frozen_is_not() {
+        for cgroup in [
+            format!("0::/libpod-conmon-{ID}\n"),
+            "0::/\n".to_owned(),
+            format!("0::/../libpod-{ID}\n"),
+            String::new(),
+        ] {
+            let host = host(&cgroup, V2, &["sys/fs/cgroup/cgroup.freeze"]);
+            let result = Freezer::of(7, host.path());
+            assert!(
+                matches!(result, Err(Error::NoFreezer { pid: 7, .. })),
+                "{cgroup}: {result:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_freezer_can_be_written_down() {
+        let freezer = Freezer {
+            path: "/sys/fs/cgroup/x".into(),
+            kind: Kind::Unified,
+        };
+        let text = serde_json::to_string(&freezer).expect("written");
+        assert_eq!(text, r#"{"path":"/sys/fs/cgroup/x","kind":"unified"}"#);
+        assert_eq!(
+            serde_json::from_str::<Freezer>(&text).expect("read"),
+            freezer
+        );
+    }
+
+    #[tokio::test]
+    async fn a_container_that_is_gone_can_be_thawed() {
+        for kind in [Kind::Unified, Kind::Legacy] {
+            let freezer = Freezer {
+                path: "/sys/fs/cgroup/no-such-cgroup".into(),
+                kind,
+            };
+            freezer.thaw().expect("nothing to do");
+            assert_eq!(freezer.state().expect("known"), State::Gone);
+            freezer
+                .freeze(Duration::from_secs(1))
+                .await
+                .expect_err("nothing to freeze");
+        }
+    }
+
+    /// A cgroup with a process in it that counts aloud; both go with the value.
+    struct Counting {
+        path: PathBuf,
+        child: Child,
+        lines: std::sync::mpsc::Receiver<String>,
+    }
+
+    impl Counting {
+        fn start(mount: &Path, name: &str) -> Counting {
+            let path = mount.join(format!("livemig-test-{name}-{}", std::process::id()));
+            std::fs::create_dir(&path).expect("made: this test needs root");
+            let mut child = Command::new("sh")
+                .args([
+                    "-c",
+                    "echo $$ > $0/cgroup.procs && while :; do echo x; sleep 0.002; done",
+                ])
+                .arg(&path)
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("started");
+            let output = BufReader::new(child.stdout.take().expect("piped"));
+            let (send, lines) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                for line in output.lines().map_while(Result::ok) {
+                    if send.send(line).is_err() {
+                        break;
+                    }
+                }
+            });
+            lines
+                .recv_timeout(Duration::from_secs(10))
+                .expect("it counts");
+            Counting { path, child, lines }
+        }
+
+        fn counts(&self, patience: Duration) -> bool {
+            self.lines.recv_timeout(patience).is_ok()
+        }
+    }
+
+    impl Drop for Counting {
+        fn drop(&mut self) {
+            for kind in [Kind::Unified, Kind::Legacy] {
+                let freezer = Freezer {
+                    path: self.path.clone(),
+                    kind,
+                };
+                if freezer.control().exists() {
+                    let _ = freezer.thaw();
+                }
+            }
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            // The `sleep` of the moment ends by itself.
+            let end = Instant::now() + Duration::from_secs(5);
+            while std::fs::remove_dir(&self.path).is_err() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    async fn stops_and_goes_on(counting: &Counting, kind: Kind) {
+        let freezer = Freezer::of(counting.child.id(), Path::new("/")).expect("found");
+        assert_eq!(
+            freezer,
+            Freezer {
+                path: counting.path.clone(),
+                kind
+            }
+        );
+        assert_eq!(freezer.state().expect("known"), State::Thawed);
+        assert!(
+            processes::in_cgroup(freezer.path())
+                .expect("listed")
+                .contains(&counting.child.id())
+        );
+        let took = freezer
+            .freeze(Duration::from_secs(10))
+            .await
+            .expect("frozen");
+        assert_eq!(freezer.state().expect("known"), State::Frozen);
+        // Generous: the machine may be busy with something else.
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        println!("{kind:?}: frozen in {took:?}");
+        // What was written before it stopped may still be under way.
+        while counting.counts(Duration::from_millis(50)) {}
+        assert!(
+            !counting.counts(Duration::from_millis(200)),
+            "it goes on counting"
+        );
+        freezer
+            .freeze(Duration::from_secs(10))
+            .await
+            .expect("frozen already");
+        freezer.thaw().expect("thawed");
+        freezer.thaw().expect("thawed again");
+        assert!(
+            counting.counts(Duration::from_secs(10)),
+            "it has not gone on"
+        );
+        assert_eq!(freezer.state().expect("known"), State::Thawed);
+    }
+
+    fn mounted(kind: Kind) -> Option<PathBuf> {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("read");
+        let found = hierarchies(&mounts)
+            .into_iter()
+            .find(|(found, _)| *found == kind);
+        found.map(|(_, mount)| mount.at)
+    }
+
+    #[tokio::test]
+    async fn processes_stop_and_go_on() {
+        let mount = mounted(Kind::Unified).expect("a cgroup v2 mount: this test needs one");
+        let counting = Counting::start(&mount, "v2");
+        stops_and_goes_on(&counting, Kind::Unified).await;
+    }
+
+    /// On systems that have no v1 freezer there is nothing of it to test.
+    #[tokio::test]
+    async fn processes_stop_and_go_on_with_the_old_freezer() {
+        let Some(mount) = mounted(Kind::Legacy) else {
+            println!("no v1 freezer is mounted here");
+            return;
+        };
+        let counting = Counting::start(&mount, "v1");
+        stops_and_goes_on(&counting, Kind::Legacy).await;
+    }
+
+    #[tokio::test]
+    async fn processes_that_do_not_stop_in_time_are_let_go() {
+        let mount = mounted(Kind::Unified).expect("a cgroup v2 mount: this test needs one");
+        let counting = Counting::start(&mount, "late");
+        let freezer = Freezer {
+            path: counting.path.clone(),
+            kind: Kind::Unified,
+        };
+        // No time at all, so that nothing can have stopped yet; or it has, and that is fine too.
+        match freezer.freeze(Duration::ZERO).await {
+            Err(Error::NotFrozen { .. }) => {
+                assert!(
+                    counting.counts(Duration::from_secs(10)),
+                    "it has not gone on"
+                );
+                assert_eq!(freezer.state().expect("known"), State::Thawed);
+            }
+            Ok(_) => assert_eq!(freezer.state().expect("known"), State::Frozen),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! Packets held in the kernel and released in order, in network namespaces. Needs root.
+
+mod netns;
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use livemig::conntrack::hold::{self, HeldPorts, Hold, HoldSpec, PortProtocol, To};
+use livemig::conntrack::{Table, steer};
+use livemig::netlink::Namespace;
+use livemig::tunnel::HopId;
+use netns::{Net, until, within};
+
+const QUEUE: u16 = 4711;
+
+fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn hop(number: u8) -> HopId {
+    HopId::try_from(number).unwrap()
+}
+
+fn spec() -> HoldSpec {
+    let port = |protocol| HeldPorts {
+        protocol,
+        address: None,
+        first: 8080,
+        last: 8081,
+    };
+    HoldSpec {
+        ports: vec![port(PortProtocol::Tcp), port(PortProtocol::Udp)],
+        hop: Some(hop(3)),
+        ..HoldSpec::new(QUEUE, vec![address("10.88.0.5"), address("fd00:88::5")])
+    }
+}
+
+fn udp(net: &Namespace, bind: &str) -> UdpSocket {
+    let socket = net.run(|| UdpSocket::bind(bind)).unwrap().unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    socket
+}
+
+fn number(socket: &UdpSocket) -> u32 {
+    let mut buffer = [0; 16];
+    socket.recv(&mut buffer).unwrap();
+    u32::from_be_bytes(buffer[..4].try_into().unwrap())
+}
+
+fn send(socket: &UdpSocket, number: u32, to: &str) {
+    let mut datagram = [0; 16];
+    datagram[..4].copy_from_slice(&number.to_be_bytes());
+    socket.send_to(&datagram, to).unwrap();
+}
+
+#[test]
+fn datagrams_are_held_and_then_delivered_in_order_and_nothing_is_left_behind() {
+    let net = Net::new();
+    let before = net.ruleset("host");
+    let server = udp(&net.container, "0.0.0.0:80");
+    let known = udp(&net.client, "192.0.2.2:5000");
+    // This one begins during the hold: conntrack has no entry for it.
+    let unknown = udp(&net.client, "192.0.2.2:5001");
+    let server6 = udp(&net.container, "[fd00:88::5]:80");
+    let six = udp(&net.client, "[2001:db8::2]:5006");
+    send(&known, 0, "192.0.2.1:8080");
+    assert_eq!(number(&server), 0);
+    within(&net.host, async || {
+        let hold = Hold::start(spec()).await.unwrap();
+        println!("{}", net.at("host", "nft list table inet livemig"));
+        for n in 1..=1000 {
+            send(&known, n, "192.0.2.1:8080");
+            if n <= 100 {
+                send(&unknown, 10_000 + n, "192.0.2.1:8080");
+                send(&six, n, "[2001:db8::1]:8080");
+            }
+        }
+        until("all is held", || hold.held() == 1200);
+        server.set_nonblocking(true).unwrap();
+        assert!(server.recv(&mut [0; 16]).is_err(), "nothing got through");
+        server.set_nonblocking(false).unwrap();
+        // A socket's default buffer holds a few hundred small datagrams: read along.
+        let reader = thread::spawn({
+            let server = server.try_clone().unwrap();
+            move || (0..1100).map(|_| number(&server)).collect::<Vec<_>>()
+        });
+        let report = hold.release(To::Destination).await.unwrap();
+        println!("{report:?}");
+        let got = reader.join().unwrap();
+        let (fresh, old): (Vec<u32>, Vec<u32>) = got.into_iter().partition(|n| *n > 10_000);
+        assert_eq!(old, (1..=1000).collect::<Vec<_>>());
+        assert_eq!(fresh, (10_001..=10_100).collect::<Vec<_>>());
+        for n in 1..=100 {
+            assert_eq!(number(&server6), n);
+        }
+        assert_eq!(
+            (
+                report.held,
+                report.released,
+                report.discarded,
+                report.dropped_by_bound
+            ),
+            (1200, 1200, 0, 0)
+        );
+        assert_eq!(report.peak, 1200);
+        assert!(report.longest_held > Duration::from_millis(1));
+        assert_eq!(net.ruleset("host"), before);
+        send(&known, 1001, "192.0.2.1:8080");
+        assert_eq!(number(&server), 1001);
+    });
+}
+
+#[test]
+fn a_release_under_traffic_loses_and_reorders_nothing() {
+    let net = Net::new();
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    let stop = AtomicBool::new(false);
+    let sent = AtomicU32::new(0);
+    let got = AtomicU32::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // Ten thousand a second, but never more under way than a socket's buffer takes.
+            let start = Instant::now();
+            while !stop.load(Ordering::Relaxed) {
+                let due = (start.elapsed().as_micros() / 100) as u32;
+                let n = sent.load(Ordering::Relaxed);
+                if n < due && n < got.load(Ordering::Relaxed) + 150 {
+                    send(&client, n, "192.0.2.1:8080");
+                    sent.store(n + 1, Ordering::Relaxed);
+                } else {
+                    thread::sleep(Duration::from_micros(50));
+                }
+            }
+            // The last one tells the reader to end.
+            send(&client, u32::MAX, "192.0.2.1:8080");
+        });
+        let reader = scope.spawn(|| {
+            let mut next = 0;
+            loop {
+                match number(&server) {
+                    u32::MAX => return next,
+                    n => {
+                        assert_eq!(n, next, "lost or out of order");
+                        next += 1;
+                        got.store(next, Ordering::Relaxed);
+                    }
+                }
+            }
+        });
+        within(&net.host, async || {
+            for round in 0..10 {
+                let before = got.load(Ordering::Relaxed);
+                until("traffic", || {
+                    got.load(Ordering::Relaxed) > before + 200 || reader.is_finished()
+                });
+                let hold = Hold::start(spec()).await.unwrap();
+                until("packets are held", || {
+                    hold.held() >= 100 || reader.is_finished()
+                });
+                let to = if round % 2 == 0 {
+                    To::Destination
+                } else {
+                    To::Source
+                };
+                let report = hold.release(to).await.unwrap();
+                assert_eq!(report.held, report.released, "{report:?}");
+                assert_eq!(report.dropped_by_bound, 0);
+            }
+        });
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(reader.join().unwrap(), sent.load(Ordering::Relaxed));
+    });
+}
+
+#[test]
+fn connections_wait_and_go_on() {
+    let net = Net::new();
+    let listener = net
+        .container
+        .run(|| TcpListener::bind("0.0.0.0:80"))
+        .unwrap()
+        .unwrap();
+    let outside = net
+        .client
+        .run(|| TcpListener::bind("192.0.2.2:5432"))
+        .unwrap()
+        .unwrap();
+    let connect =
+        |from: &Namespace, to: &str| from.run(|| TcpStream::connect(to)).unwrap().unwrap();
+    let mut client = connect(&net.client, "192.0.2.1:8080");
+    let (mut server, _) = listener.accept().unwrap();
+    let mut outbound = connect(&net.container, "192.0.2.2:5432");
+    let (mut database, _) = outside.accept().unwrap();
+    within(&net.host, async || {
+        let hold = Hold::start(spec()).await.unwrap();
+        client.write_all(b"request").unwrap();
+        database.write_all(b"rows").unwrap();
+        let connecting = thread::spawn({
+            let client = net.client.clone();
+            move || {
+                client
+                    .run(|| TcpStream::connect("192.0.2.1:8080"))
+                    .unwrap()
+                    .unwrap()
+            }
+        });
+        until("data of both and a SYN are held", || hold.held() >= 3);
+        for (stream, what) in [(&server, "inbound"), (&outbound, "outbound")] {
+            stream.set_nonblocking(true).unwrap();
+            let mut stream = stream;
+            assert!(stream.read(&mut [0; 8]).is_err(), "{what} data got through");
+            stream.set_nonblocking(false).unwrap();
+        }
+        assert!(!connecting.is_finished());
+        let table = Table::open(&net.host).unwrap();
+        let fresh = table.dump_container(address("10.88.0.5")).await.unwrap();
+        assert_eq!(fresh.len(), 2, "a held SYN has no entry yet");
+        hold.release(To::Source).await.unwrap();
+        let mut buffer = [0; 7];
+        server.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"request");
+        outbound.read_exact(&mut buffer[..4]).unwrap();
+        assert_eq!(&buffer[..4], b"rows");
+        let (mut accepted, _) = listener.accept().unwrap();
+        let mut connected = connecting.join().unwrap();
+        connected.write_all(b"hello").unwrap();
+        accepted.read_exact(&mut buffer[..5]).unwrap();
+        server.write_all(b"answer").unwrap();
+        client.read_exact(&mut buffer[..6]).unwrap();
+    });
+}
+
+/// A datagram from the copy of the container at the other host, through the hop, to the client.
+async fn the_copy_speaks(net: &Net, to: To) -> (hold::HoldReport, Option<SocketAddr>) {
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    send(&client, 1, "192.0.2.1:8080");
+    number(&server);
+    steer::install(hop(3)).await.unwrap();
+    let table = Table::open(&net.host).unwrap();
+    let entry = table
+        .dump_container(address("10.88.0.5"))
+        .await
+        .unwrap()
+        .remove(0);
+    let flow = entry.flow_of(address("10.88.0.5")).unwrap();
+
+    let hold = Hold::start(spec()).await.unwrap();
+    within(&net.other, async || {
+        steer::install(hop(1)).await.unwrap();
+        let there = Table::open(&net.other).unwrap();
+        there.insert(&flow.at_destination(hop(1))).await.unwrap();
+    });
+    let copy = udp(&net.copy, "0.0.0.0:80");
+    send(&copy, 7, "192.0.2.2:5000");
+    send(&client, 8, "192.0.2.1:8080");
+    until("both are held", || hold.held() == 2);
+    let (mark, mask) = flow.steering((to == To::Destination).then(|| hop(3)));
+    table.set_mark(&entry.original, mark, mask).await.unwrap();
+    let report = hold.release(to).await.unwrap();
+    let receiver = if to == To::Destination {
+        &copy
+    } else {
+        &server
+    };
+    assert_eq!(number(receiver), 8);
+    client
+        .set_read_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    let from = client.recv_from(&mut [0; 16]).ok().map(|(_, from)| from);
+    (report, from)
+}
+
+#[test]
+fn what_the_copy_says_goes_out_when_the_container_has_moved() {
+    let net = Net::new();
+    within(&net.host, async || {
+        let (report, from) = the_copy_speaks(&net, To::Destination).await;
+        assert_eq!((report.released, report.discarded), (2, 0));
+        assert_eq!(from, Some("192.0.2.1:8080".parse().unwrap()));
+    });
+}
+
+#[test]
+fn what_the_copy_says_is_dropped_when_the_container_stays() {
+    let net = Net::new();
+    within(&net.host, async || {
+        let (report, from) = the_copy_speaks(&net, To::Source).await;
+        assert_eq!((report.released, report.discarded), (1, 1));
+        assert_eq!(from, None);
+    });
+}
+
+#[test]
+fn a_dropped_hold_releases_and_a_bound_is_kept() {
+    let net = Net::new();
+    let before = net.ruleset("host");
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    within(&net.host, async || {
+        let hold = Hold::start(HoldSpec {
+            bound: 10,
+            ..spec()
+        })
+        .await
+        .unwrap();
+        let taken = Hold::start(spec()).await.unwrap_err();
+        assert!(
+            taken.to_string().contains("used by another process"),
+            "{taken}"
+        );
+        for n in 0..20 {
+            send(&client, n, "192.0.2.1:8080");
+        }
+        until("the bound is reached", || hold.held() == 10);
+        drop(hold);
+        for n in 0..10 {
+            assert_eq!(number(&server), n);
+        }
+        assert_eq!(net.ruleset("host"), before);
+        let hold = Hold::start(HoldSpec {
+            bound: 10,
+            ..spec()
+        })
+        .await
+        .unwrap();
+        for n in 0..20 {
+            send(&client, n, "192.0.2.1:8080");
+        }
+        until("the bound is reached", || hold.held() == 10);
+        let report = hold.release(To::Source).await.unwrap();
+        assert_eq!(
+            (report.released, report.dropped_by_bound, report.peak),
+            (10, 10, 10)
+        );
+    });
+}
+
+#[test]
+fn rules_that_a_dead_process_left_let_packets_pass_and_are_removed() {
+    let net = Net::new();
+    let before = net.ruleset("host");
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    within(&net.host, async || {
+        hold::remove_rules(&spec()).await.unwrap();
+        steer::install(hop(3)).await.unwrap();
+        let steering = net.ruleset("host");
+        // As if the process had died: the rules are there, nobody listens to the queue.
+        let hold = Hold::start(spec()).await.unwrap();
+        let rules = net.at("host", "nft list table inet livemig");
+        hold.release(To::Source).await.unwrap();
+        assert_eq!(net.ruleset("host"), steering);
+        assert!(rules.contains("bypass"), "{rules}");
+        let unlistened = Hold::start(spec()).await.unwrap();
+        hold::remove_rules(&spec()).await.unwrap();
+        assert_eq!(net.ruleset("host"), steering);
+        send(&client, 5, "192.0.2.1:8080");
+        assert_eq!(number(&server), 5);
+        let report = unlistened.release(To::Source).await.unwrap();
+        assert_eq!(report.held, 0);
+        steer::remove(hop(3)).await.unwrap();
+        assert_eq!(net.ruleset("host"), before);
+    });
+}
