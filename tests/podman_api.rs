@@ -1,5 +1,8 @@
 //! The podman module against real Podmans: what it reads, moves, refuses and leaves behind.
 
+// An error here is a failed test, and its Debug form says what Podman said.
+#![allow(clippy::unwrap_used)]
+
 mod lab;
 
 use std::collections::BTreeMap;
@@ -410,6 +413,18 @@ async fn refusals_say_what_is_wrong() {
     let error = there.restore(broken, &established()).await.unwrap_err();
     assert!(matches!(error, Error::Archive { .. }), "{error:?}");
     assert!(error.to_string().contains("cut off"), "{error}");
+    assert!(!there.exists("web").await.unwrap());
+    // Nobody waits for the answer any more: Podman drops what it had staged.
+    let slow = pieces(&archive).take(5).chain(stream::pending());
+    let cancelled =
+        tokio::time::timeout(Duration::from_secs(1), there.restore(slow, &established())).await;
+    assert!(cancelled.is_err());
+    let mut looks = 0;
+    while !h2.exec(&["ls", "-A", "/var/tmp"]).await.text().is_empty() {
+        looks += 1;
+        assert!(looks < 200, "a cancelled restore leaves its archive behind");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     assert!(!there.exists("web").await.unwrap());
 
     // CRIU's reason is in its log. (The first byte of an image is its magic number.)

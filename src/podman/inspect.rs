@@ -71,7 +71,7 @@ pub struct Container {
     pub pod: Option<String>,
     /// Whether it is a pod's infra container.
     pub infra: bool,
-    /// The containers that have to run before it.
+    /// The containers that have to run before it. Podman exports no checkpoint of one that has any.
     pub dependencies: Vec<ContainerId>,
     /// Its root file system.
     pub rootfs: RootFs,
@@ -358,7 +358,8 @@ pub enum Mount {
         driver: String,
         /// What the driver was told (`type=nfs` and so on); empty for a plain directory.
         driver_options: BTreeMap<String, String>,
-        /// Whether it was made for this container and is removed with it.
+        /// Whether it was made for this container and is removed with it. A restore makes it
+        /// anew as a named one, so at the destination it is removed with nothing any more.
         anonymous: bool,
         /// Where it is on the host.
         source: PathBuf,
@@ -378,7 +379,7 @@ pub enum Mount {
         /// Mount options.
         options: Vec<String>,
     },
-    /// Another image, mounted.
+    /// Another image, mounted. A container that has one cannot be restored (Podman 5.8.6).
     Image {
         /// The image, by name or ID.
         image: String,
@@ -386,7 +387,7 @@ pub enum Mount {
         destination: PathBuf,
     },
     /// A directory of the host with a writable layer of the container's own over it (`:O`). The
-    /// layer is not in a checkpoint.
+    /// layer is not in a checkpoint, and the restore fails (Podman 5.8.6).
     Overlay {
         /// On the host.
         lower: PathBuf,
