@@ -260,7 +260,7 @@ impl Error {
                 }
                 Refusal::PortInUse => {
                     "see what listens there with `ss -tulnp`; if it is `podman` itself, a failed \
-                     restore has left the port behind: `systemctl restart podman.service`"
+                     restore has left the port behind: wait two minutes, or restart podman.service"
                         .into()
                 }
                 Refusal::VolumeExists => {
