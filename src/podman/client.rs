@@ -190,18 +190,19 @@ impl Client {
     /// # Errors
     /// When Podman cannot be reached or does not answer in time.
     pub async fn published_ports(&self) -> Result<Vec<(String, PublishedPort)>> {
-        Ok(self
-            .list(false)
-            .await?
-            .into_iter()
-            .flat_map(|container| {
-                let name = container.name;
-                container
-                    .ports
-                    .into_iter()
-                    .map(move |port| (name.clone(), port))
-            })
-            .collect())
+        let mut containers = self.list(false).await?;
+        // One in the network namespace of another is listed with that one's ports, but without
+        // networks. The same port cannot really be published twice.
+        containers.sort_by_key(|container| container.networks.is_empty());
+        let mut published: Vec<(String, PublishedPort)> = Vec::new();
+        for container in containers {
+            for port in container.ports {
+                if !published.iter().any(|(_, known)| *known == port) {
+                    published.push((container.name.clone(), port));
+                }
+            }
+        }
+        Ok(published)
     }
 
     /// Which addresses of a network are in use, and by whom: what Podman's own database says.
@@ -389,7 +390,7 @@ pub struct ContainerSummary {
     pub auto_remove: bool,
     /// The networks it is on.
     pub networks: Vec<String>,
-    /// What it publishes.
+    /// What it publishes, or what the container whose network namespace it shares does.
     pub ports: Vec<PublishedPort>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
@@ -449,7 +450,7 @@ pub(super) fn from_api(purpose: &Purpose, error: podman_api::Error) -> Error {
             let (cause, message) = split_fault(&message);
             purpose.refused(code.as_u16(), cause, message)
         }
-        podman_api::Error::SerdeJsonError(e) => purpose.malformed(e),
+        podman_api::Error::SerdeJsonError(e) => purpose.malformed(e.to_string()),
         podman_api::Error::InvalidResponse(reason) => purpose.malformed(reason),
         other => purpose.connection(other.to_string()),
     }

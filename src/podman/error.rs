@@ -144,6 +144,11 @@ pub enum Refusal {
     SecretMissing,
     /// The source of a bind mount is missing.
     BindSourceMissing,
+    /// The container depends on others (`--requires`, or it shares a namespace of theirs): Podman
+    /// does not export those. It says so only after the dump.
+    HasDependencies,
+    /// The container is in a pod, and no pod was named to restore it into.
+    InPod,
     /// The OCI runtime, most often CRIU below it, failed; the reason is in CRIU's log.
     Runtime,
     /// The archive is not a tar archive, or is cut off.
@@ -172,6 +177,10 @@ impl Refusal {
             ("initializing source docker://", Refusal::ImageMissing),
             ("short-name", Refusal::ImageMissing),
             ("unpacking of checkpoint archive", Refusal::BadArchive),
+            ("containers with dependencies", Refusal::HasDependencies),
+            ("cannot restore pod container", Refusal::InPod),
+            ("create criu restore mountpoint", Refusal::BindSourceMissing),
+            ("crun: stat `", Refusal::BindSourceMissing),
             ("criu failed", Refusal::Runtime),
             ("criu", Refusal::Runtime),
             ("oci runtime", Refusal::Runtime),
@@ -256,7 +265,7 @@ impl Error {
                 }
                 Refusal::PortInUse => {
                     "see what listens there with `ss -tulnp`; if it is `podman` itself, a failed \
-                     restore has left the port behind: `systemctl restart podman.service`"
+                     restore has left the port behind: wait two minutes, or restart podman.service"
                         .into()
                 }
                 Refusal::VolumeExists => {
@@ -270,6 +279,11 @@ impl Error {
                 }
                 Refusal::SecretMissing => {
                     "create a secret of the same name on the destination (`podman secret create`)"
+                        .into()
+                }
+                Refusal::HasDependencies | Refusal::InPod => {
+                    "only a container that shares nothing with others can be moved; run it \
+                     outside of the pod, with namespaces of its own"
                         .into()
                 }
                 Refusal::BindSourceMissing => {
@@ -356,6 +370,36 @@ mod tests {
                 "template configuration at /var/lib/containers/storage/overlay-containers/4502/userdata/config.json not found",
                 "template configuration at /var/lib/containers/storage/overlay-containers/4502/userdata/config.json not found",
                 Refusal::NotRunning,
+            ),
+            (
+                "no such secret",
+                "no secret with name or id \"s1\": no such secret",
+                Refusal::SecretMissing,
+            ),
+            (
+                "OCI runtime attempted to invoke a command that was not found",
+                "runc: create criu restore mountpoint for /bsrc mount: stat /bsrc: no such file or directory: OCI runtime attempted to invoke a command that was not found",
+                Refusal::BindSourceMissing,
+            ),
+            (
+                "OCI runtime attempted to invoke a command that was not found",
+                "crun: stat `/bsrc`: No such file or directory: OCI runtime attempted to invoke a command that was not found",
+                Refusal::BindSourceMissing,
+            ),
+            (
+                "OCI permission denied",
+                "crun: (00.001049) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted: OCI permission denied",
+                Refusal::Runtime,
+            ),
+            (
+                "cannot export checkpoints of containers with dependencies",
+                "cannot export checkpoints of containers with dependencies",
+                Refusal::HasDependencies,
+            ),
+            (
+                "cannot restore pod container without --pod",
+                "cannot restore pod container without --pod",
+                Refusal::InPod,
             ),
             ("something new", "something new", Refusal::Other),
         ];

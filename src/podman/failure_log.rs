@@ -31,10 +31,8 @@ const LINES: usize = 5;
 
 /// Errors that CRIU goes on after, in containers that restore well.
 const HARMLESS: &[&str] = &[
-    // A process may not raise its own limit without CAP_SYS_RESOURCE.
+    // CRIU may not raise its own limit without CAP_SYS_RESOURCE.
     "rlimit: Can't setup RLIMIT_NOFILE for self",
-    // Asked of everything that might be a network namespace's link.
-    "Can't setup RLIMIT",
 ];
 
 /// The last `Error` lines of CRIU's log in a container's userdata directory

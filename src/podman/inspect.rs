@@ -5,7 +5,8 @@
 //! is [`Container`], in our own words, which also crosses the wire to the destination.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -71,7 +72,7 @@ pub struct Container {
     pub pod: Option<String>,
     /// Whether it is a pod's infra container.
     pub infra: bool,
-    /// The containers that have to run before it.
+    /// The containers that have to run before it. Podman exports no checkpoint of one that has any.
     pub dependencies: Vec<ContainerId>,
     /// Its root file system.
     pub rootfs: RootFs,
@@ -320,6 +321,41 @@ impl PublishedPort {
             }
     }
 
+    /// Whether nobody listens on any of the ports, in the network namespace of the calling thread:
+    /// found out by binding them for a moment, as Podman itself does. SCTP is not looked at.
+    ///
+    /// # Errors
+    /// When they cannot be bound for another reason, for example because the address is not one
+    /// of this host's; Podman could not publish them either.
+    pub fn is_free(&self) -> io::Result<bool> {
+        let bind = |address: SocketAddr| match self.protocol.as_str() {
+            "tcp" => TcpListener::bind(address).map(drop),
+            "udp" => UdpSocket::bind(address).map(drop),
+            _ => Ok(()),
+        };
+        for offset in 0..self.range {
+            let Some(port) = self.host_port.checked_add(offset) else {
+                break;
+            };
+            let bound = match self.host_ip {
+                Some(ip) => bind((ip, port).into()),
+                // Both families at once, unless there is only one.
+                None => match bind((Ipv6Addr::UNSPECIFIED, port).into()) {
+                    Err(e) if e.kind() != io::ErrorKind::AddrInUse => {
+                        bind((Ipv4Addr::UNSPECIFIED, port).into())
+                    }
+                    bound => bound,
+                },
+            };
+            match bound {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::AddrInUse => return Ok(false),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(true)
+    }
+
     /// Joins what is consecutive on both sides.
     fn coalesce(mut ports: Vec<PublishedPort>) -> Vec<PublishedPort> {
         ports.sort_by(|a, b| {
@@ -366,7 +402,8 @@ pub enum Mount {
         driver: String,
         /// What the driver was told (`type=nfs` and so on); empty for a plain directory.
         driver_options: BTreeMap<String, String>,
-        /// Whether it was made for this container and is removed with it.
+        /// Whether it was made for this container and is removed with it. A restore makes it
+        /// anew as a named one, so at the destination it is removed with nothing any more.
         anonymous: bool,
         /// Where it is on the host.
         source: PathBuf,
@@ -386,7 +423,7 @@ pub enum Mount {
         /// Mount options.
         options: Vec<String>,
     },
-    /// Another image, mounted.
+    /// Another image, mounted. A container that has one cannot be restored (Podman 5.8.6).
     Image {
         /// The image, by name or ID.
         image: String,
@@ -394,7 +431,7 @@ pub enum Mount {
         destination: PathBuf,
     },
     /// A directory of the host with a writable layer of the container's own over it (`:O`). The
-    /// layer is not in a checkpoint.
+    /// layer is not in a checkpoint, and the restore fails (Podman 5.8.6).
     Overlay {
         /// On the host.
         lower: PathBuf,
@@ -1324,6 +1361,26 @@ mod tests {
             let sent = serde_json::to_string(&container).unwrap();
             assert_eq!(serde_json::from_str::<Container>(&sent).unwrap(), container);
         }
+    }
+
+    #[test]
+    fn sees_who_listens() {
+        let holder = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut port = PublishedPort {
+            host_ip: None,
+            host_port: holder.local_addr().unwrap().port(),
+            container_port: 80,
+            protocol: "tcp".into(),
+            range: 1,
+        };
+        assert!(!port.is_free().unwrap());
+        port.host_ip = Some("127.0.0.1".parse().unwrap());
+        assert!(!port.is_free().unwrap());
+        drop(holder);
+        assert!(port.is_free().unwrap());
+        // TEST-NET-1, RFC 5737: nobody's.
+        port.host_ip = Some("192.0.2.1".parse().unwrap());
+        assert!(port.is_free().is_err());
     }
 
     #[test]

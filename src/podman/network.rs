@@ -178,7 +178,7 @@ impl Client {
     pub async fn create_network(&self, network: &Network) -> Result<()> {
         check_name("network", &network.name)?;
         let purpose = Purpose::new("create", format!("network {}", network.name));
-        let body = serde_json::to_value(network).map_err(|e| purpose.malformed(e))?;
+        let body = serde_json::to_value(network).map_err(|e| purpose.malformed(e.to_string()))?;
         let call = Call {
             purpose,
             method: Method::POST,

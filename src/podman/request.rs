@@ -73,11 +73,11 @@ impl Purpose {
         }
     }
 
-    pub fn malformed(&self, reason: impl ToString) -> Error {
+    pub fn malformed(&self, reason: impl Into<String>) -> Error {
         Error::Malformed {
             doing: self.doing,
             what: self.what.clone(),
-            reason: reason.to_string(),
+            reason: reason.into(),
         }
     }
 
@@ -317,7 +317,9 @@ impl Socket {
         if let Some(kind) = kind {
             request = request.header(header::CONTENT_TYPE, kind);
         }
-        let request = request.body(body).map_err(|e| purpose.malformed(e))?;
+        let request = request
+            .body(body)
+            .map_err(|e| purpose.malformed(e.to_string()))?;
 
         let started = Instant::now();
         let mut answer = std::pin::pin!(sender.send_request(request));
@@ -400,7 +402,7 @@ impl Answer {
     pub async fn json<T: DeserializeOwned>(self) -> Result<T> {
         let purpose = self.purpose.clone();
         let body = self.bytes(JSON_LIMIT).await?;
-        serde_json::from_slice(&body).map_err(|e| purpose.malformed(e))
+        serde_json::from_slice(&body).map_err(|e| purpose.malformed(e.to_string()))
     }
 
     /// Reads the answer to its end and forgets it.

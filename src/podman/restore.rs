@@ -151,9 +151,9 @@ impl Client {
     /// Those of [`super::Refusal`]. [`super::Error::Archive`] if the stream fails; Podman has made nothing
     /// then. After [`super::Refusal::AddressOutside`], [`super::Refusal::AddressInUse`],
     /// [`super::Refusal::PortInUse`] and [`super::Refusal::Runtime`] a container of the ID is left
-    /// behind in the state `created` and has to be removed. After a failure of the runtime Podman's
-    /// service goes on listening on the published ports for a while, also when the container is
-    /// removed.
+    /// behind in the state `created` and has to be removed. After a failure of the runtime
+    /// Podman's service goes on listening on the published ports, also when the container is
+    /// removed: see [`Client::free_leaked_ports`].
     pub async fn restore<S, E>(&self, archive: S, options: &RestoreOptions) -> Result<Restored>
     where
         S: Stream<Item = Result<Bytes, E>> + Send + 'static,
@@ -169,6 +169,26 @@ impl Client {
         };
         let answer = self.socket.send(call, Upload::archive(archive)).await?;
         Ok(answer.json::<Report>().await?.into())
+    }
+
+    /// Makes Podman's service let go of the ports that a failed restore has left it with. Returns
+    /// whether `is_free` ([`PublishedPort::is_free`](super::PublishedPort::is_free)) came true.
+    ///
+    /// The leaked sockets are closed when Go's garbage collector finds them, which in an idle
+    /// service takes two minutes (seen: 121 s). Requests make garbage: after thirty of these
+    /// they were gone, in less than a second. Remove the container first.
+    ///
+    /// # Errors
+    /// When Podman cannot be asked.
+    pub async fn free_leaked_ports(&self, mut is_free: impl FnMut() -> bool) -> Result<bool> {
+        const REQUESTS: usize = 300;
+        for _ in 0..REQUESTS {
+            if is_free() {
+                return Ok(true);
+            }
+            self.host().await?;
+        }
+        Ok(is_free())
     }
 
     /// Restores a container in place, from the checkpoint that Podman kept when it was made
