@@ -63,6 +63,18 @@ async fn hosts_see_each_other_and_have_the_same_image() {
             .await;
         from.exec(&["ping", "-c1", "-W2", to.name()]).await;
     }
+    let settings = lab
+        .host(1)
+        .sh("cd /proc/sys/net; cat ipv4/conf/eth0/rp_filter ipv4/ip_forward ipv6/conf/all/forwarding")
+        .await;
+    assert_eq!(settings.stdout, "1\n1\n1\n");
+    // What goes between the hosts can be filtered where it passes.
+    let silent = "nft 'add table bridge t; add chain bridge t f { type filter hook forward priority 0; }; add rule bridge t f iifname h1 drop'";
+    lab.wan().sh(silent).await;
+    let ping = ["ping", "-c1", "-W1", "h2"];
+    assert!(!lab.host(1).try_exec(&ping).await.status.success());
+    lab.wan().sh("nft delete table bridge t").await;
+    lab.host(1).exec(&ping).await;
     let id = async |host: usize| {
         let format = ["podman", "image", "ls", "--no-trunc", "-q", IMAGE];
         lab.host(host).exec(&format).await.text().to_owned()
@@ -159,6 +171,10 @@ async fn a_census_sees_what_changed_and_nothing_else() {
         .expect("a container that stopped is noticed");
     assert!(stopped.contains("exited"), "{stopped}");
     h1.exec(&["podman", "start", "web"]).await;
+    h1.assert_as_before(&before).await;
+    // What a migration that is rolled back may do.
+    h1.sh("podman container checkpoint web; podman container restore web")
+        .await;
     h1.assert_as_before(&before).await;
 
     let changes = [

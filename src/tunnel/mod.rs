@@ -56,7 +56,7 @@ use interface::Netlink;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// WireGuard in the kernel.
+    /// WireGuard in the kernel: the module `wireguard`, part of Linux since 5.6.
     Kernel,
     /// A process of ours: see [`userspace`].
     Userspace,
@@ -362,6 +362,7 @@ impl Tunnels {
         self.registry.update(spec.hop, |hop| {
             hop.proposal = Some(kept);
             hop.connection = None;
+            hop.owners.clear();
         })?;
         Ok(proposal)
     }
@@ -567,7 +568,7 @@ impl Tunnels {
                 proposal: None,
                 connection: None,
                 device: None,
-                owner: None,
+                owners: Vec::new(),
             },
         };
         self.remains(&record).await?;

@@ -69,15 +69,16 @@ pub struct Hop {
     pub connection: Option<Connection>,
     /// The process of a userspace device.
     pub device: Option<Process>,
-    /// The process that took the number.
-    pub owner: Option<Process>,
+    /// The processes that took the hop before it was open. While one of them runs, its number is
+    /// not free.
+    pub owners: Vec<Process>,
 }
 
 impl Hop {
     /// Whether the hop is nothing but a number that a dead process took.
     fn is_abandoned(&self) -> bool {
         self.proposal.is_none()
-            && !self.owner.is_some_and(|owner| owner.is_running())
+            && !self.owners.iter().any(Process::is_running)
             && !interface::exists(&self.spec.interface)
     }
 
@@ -130,7 +131,14 @@ impl Registry {
         let _lock = self.lock()?;
         let hops = self.read_all()?;
         if let Some(mut hop) = hops.iter().find(|hop| hop.peer == peer).cloned() {
-            if hop.users.insert(user.to_owned()) {
+            let mut changed = hop.users.insert(user.to_owned());
+            if hop.proposal.is_none() {
+                hop.owners.retain(Process::is_running);
+                hop.owners.extend(Process::current());
+                hop.owners.dedup();
+                changed = true;
+            }
+            if changed {
                 self.write(&hop)?;
             }
             return Ok((hop, false));
@@ -151,7 +159,7 @@ impl Registry {
             proposal: None,
             connection: None,
             device: None,
-            owner: Process::current(),
+            owners: Process::current().into_iter().collect(),
         };
         self.write(&hop)?;
         Ok((hop, true))
@@ -493,11 +501,11 @@ mod tests {
         let (hop, _) = acquire(&registry, "peer", "test");
         registry
             .update(hop.spec.hop, |hop| {
-                // No process has started before the machine.
-                hop.owner = Some(Process {
+                // No process starts at the end of time.
+                hop.owners = vec![Process {
                     pid: 1,
                     started: u64::MAX,
-                });
+                }];
             })
             .unwrap();
         let (next, created) = acquire(&registry, "another", "test");

@@ -309,16 +309,21 @@ fn marked_packets_take_the_hop_in_both_families_and_both_directions() {
         let address: IpAddr = address.parse().unwrap();
         let receiver = to.on(async move |_| UdpSocket::bind((address, 7000)).unwrap());
         receiver.set_read_timeout(Some(PATIENCE)).unwrap();
-        // 1,500 bytes with the headers.
-        let payload = vec![0x5a; if address.is_ipv6() { 1452 } else { 1472 }];
+        // 1,500 bytes with the headers, which do not fit the link between the hosts, and 1,400,
+        // which fit the first part of it once they are encrypted but not the second.
+        let full = if address.is_ipv6() { 1452 } else { 1472 };
         let sender = from.on(async move |_| {
             let sender = marked(hop, address.is_ipv6());
-            sender.send_to(&payload, (address, 7000)).unwrap();
+            for size in [full, full - 100] {
+                sender.send_to(&vec![0x5a; size], (address, 7000)).unwrap();
+            }
             sender
         });
         let mut buffer = [0; 2000];
         let (length, source) = receiver.recv_from(&mut buffer).unwrap();
-        assert!(length == 1472 || length == 1452);
+        assert_eq!(length, full);
+        let (length, _) = receiver.recv_from(&mut buffer).unwrap();
+        assert_eq!(length, full - 100);
         let pair = if address.is_ipv6() { ends.v6 } else { ends.v4 }.unwrap();
         assert!([pair.local, pair.peer].contains(&source.ip()), "{source}");
         // The answer goes to a tunnel address, which is on the link: no mark is needed.
@@ -375,6 +380,30 @@ fn segment_size(socket: &std::net::TcpStream) -> u32 {
     let result = unsafe { getsockopt(socket.as_raw_fd(), 6, 2, &mut value, &mut length) };
     assert_eq!(result, 0);
     value
+}
+
+#[test]
+fn packets_as_large_as_the_device_takes_go_over_ipv6() {
+    let (a, b) = (Host::new(), Host::new());
+    a.sh(&format!(
+        "ip link add up0 type veth peer name up0 netns {}; \
+         ip addr add 2001:db8::1/64 dev up0 nodad; ip link set up0 up",
+        b.id
+    ));
+    b.sh("ip addr add 2001:db8::2/64 dev up0 nodad; ip link set up0 up");
+    let (hop_a, from_a) = a.open("b", 9000);
+    let (hop_b, from_b) = b.open("a", 1500);
+    b.connect(hop_b, &from_a, "2001:db8::1".parse().unwrap());
+    a.connect(hop_a, &from_b, "2001:db8::2".parse().unwrap());
+    // These look for packets of the size of the interface, which is what the device can take.
+    a.verify(hop_a);
+    b.verify_full_size(hop_b);
+    b.verify(hop_b);
+    a.verify_full_size(hop_a);
+    for host in [&a, &b] {
+        let mtu = format!("mtu {}", userspace::MAX_MTU);
+        assert!(host.sh("ip link show livemig1").contains(&mtu));
+    }
 }
 
 #[test]

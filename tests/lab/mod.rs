@@ -46,6 +46,7 @@ pub struct Lab {
     id: String,
     hosts: Vec<Node>,
     clients: Vec<Node>,
+    wan: Node,
 }
 
 impl Lab {
@@ -79,6 +80,12 @@ impl Lab {
     /// A client. They are numbered from 1.
     pub fn client(&self, number: usize) -> &Node {
         &self.clients[number - 1]
+    }
+
+    /// The bridge that all are connected to: a place to count packets, or to filter them with
+    /// nftables' `bridge` family. A port of it has the name of its node (`h1`).
+    pub fn wan(&self) -> &Node {
+        &self.wan
     }
 
     /// Takes the lab down now, and says so when that fails, which dropping cannot.
@@ -192,9 +199,9 @@ impl Builder {
             command.env("LIVEMIG_BIN_DIR", directory);
         }
         // From here on it is dropped, whatever happens.
-        let node = |kind: char, number: usize, last: usize| Node {
+        let node = |name: String, last: usize| Node {
             lab: id.clone(),
-            name: format!("{kind}{number}"),
+            name,
             address: Ipv4Addr::new(10, 77, 0, u8::try_from(last).expect("few enough nodes")),
             // The address's last group is the decimal number as it is written.
             address6: format!("fd77::{last}")
@@ -202,8 +209,13 @@ impl Builder {
                 .expect("an address by construction"),
         };
         let lab = Lab {
-            hosts: (1..=self.hosts).map(|n| node('h', n, 10 + n)).collect(),
-            clients: (1..=self.clients).map(|n| node('c', n, 100 + n)).collect(),
+            hosts: (1..=self.hosts)
+                .map(|n| node(format!("h{n}"), 10 + n))
+                .collect(),
+            clients: (1..=self.clients)
+                .map(|n| node(format!("c{n}"), 100 + n))
+                .collect(),
+            wan: node("wan".to_owned(), 1),
             id,
         };
         let output = command.output().await.expect("the lab's script can be run");
