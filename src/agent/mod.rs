@@ -33,10 +33,13 @@ mod identity;
 mod invite;
 mod limits;
 mod peer;
+pub mod protocol;
 mod server;
+mod session;
 mod store;
 mod tls;
 mod wire;
+pub use session::Sessions;
 
 #[cfg(test)]
 mod tests;

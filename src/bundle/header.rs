@@ -17,15 +17,21 @@ const LENGTH: usize = size_of::<u32>();
 ///
 /// # Errors
 /// [`Error::Header`] if the value cannot be written as JSON, or is too long.
-pub fn headed<T, S, E>(header: &T, rest: S) -> Result<impl Stream<Item = Result<Bytes>> + Send + use<T, S, E>>
+pub fn headed<T, S, E>(
+    header: &T,
+    rest: S,
+) -> Result<impl Stream<Item = Result<Bytes>> + Send + use<T, S, E>>
 where
     T: Serialize + ?Sized,
     S: Stream<Item = Result<Bytes, E>> + Send,
     E: std::error::Error + Send + Sync + 'static,
 {
     let json = serde_json::to_vec(header).map_err(|e| Error::Header(e.to_string()))?;
-    let length = u32::try_from(json.len()).ok().filter(|length| *length as usize <= LONGEST);
-    let length = length.ok_or_else(|| Error::Header(format!("it is longer than {LONGEST} bytes")))?;
+    let length = u32::try_from(json.len())
+        .ok()
+        .filter(|length| *length as usize <= LONGEST);
+    let length =
+        length.ok_or_else(|| Error::Header(format!("it is longer than {LONGEST} bytes")))?;
     let mut front = BytesMut::with_capacity(LENGTH + json.len());
     front.put_u32(length);
     front.put_slice(&json);
@@ -47,7 +53,9 @@ where
     fill(&mut stream, &mut read, LENGTH).await?;
     let length = read.get_u32() as usize;
     if length > LONGEST {
-        return Err(Error::Header(format!("it is said to have {length} bytes, more than {LONGEST}")));
+        return Err(Error::Header(format!(
+            "it is said to have {length} bytes, more than {LONGEST}"
+        )));
     }
     fill(&mut stream, &mut read, length).await?;
     let json = read.split_to(length);
@@ -57,10 +65,16 @@ where
     Ok((header, rest.chain(stream).boxed()))
 }
 
-async fn fill(stream: &mut BoxStream<'static, Result<Bytes>>, read: &mut BytesMut, wanted: usize) -> Result<()> {
+async fn fill(
+    stream: &mut BoxStream<'static, Result<Bytes>>,
+    read: &mut BytesMut,
+    wanted: usize,
+) -> Result<()> {
     while read.len() < wanted {
         let Some(piece) = stream.try_next().await? else {
-            return Err(Error::Header("the stream ends in the middle of it".to_owned()));
+            return Err(Error::Header(
+                "the stream ends in the middle of it".to_owned(),
+            ));
         };
         read.extend_from_slice(&piece);
     }
@@ -91,9 +105,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_cut_or_absurd_one_is_refused() {
-        for bytes in [&b"\0\0"[..], b"\0\0\0\x05[]", b"\xff\xff\xff\xff[]", b"\0\0\0\x02{}"] {
+        for bytes in [
+            &b"\0\0"[..],
+            b"\0\0\0\x05[]",
+            b"\xff\xff\xff\xff[]",
+            b"\0\0\0\x02{}",
+        ] {
             let stream = stream::iter([Ok(Bytes::copy_from_slice(bytes))]);
-            assert!(matches!(beheaded::<Vec<String>, _>(stream).await, Err(Error::Header(_))));
+            assert!(matches!(
+                beheaded::<Vec<String>, _>(stream).await,
+                Err(Error::Header(_))
+            ));
         }
     }
 }

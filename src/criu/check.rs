@@ -65,6 +65,63 @@ codes! {
     KernelOlderAtDestination = "kernel-older-at-destination",
     /// livemig or Podman does not run as root.
     Rootless = "rootless",
+
+    /// The container does not run.
+    NotRunning = "not-running",
+    /// The container is part of a pod.
+    InPod = "in-pod",
+    /// The container depends on other containers.
+    DependsOnOthers = "depends-on-others",
+    /// The container uses a network that cannot move.
+    NetworkMode = "network-mode",
+    /// The container shares a namespace.
+    SharedNamespace = "shared-namespace",
+    /// The container's users are mapped to others.
+    UserNamespace = "user-namespace",
+    /// The container has no cgroup.
+    NoCgroup = "no-cgroup",
+    /// The container was not made from an image.
+    NoImage = "no-image",
+    /// The container's changed files cannot be read.
+    StorageDriver = "storage-driver",
+    /// A volume is no plain directory.
+    VolumeDriver = "volume-driver",
+    /// A mount has a writable layer of its own.
+    OverlayMount = "overlay-mount",
+    /// An image is mounted into the container.
+    ImageMount = "image-mount",
+    /// The container was given devices.
+    Devices = "devices",
+    /// Sessions of `podman exec` end.
+    ExecSessions = "exec-sessions",
+    /// The timer of a health check does not move.
+    HealthCheck = "health-check",
+    /// What was logged does not move.
+    LogDriver = "log-driver",
+    /// A connection will break.
+    FlowNotKept = "flow-not-kept",
+    /// The destination has a container of this ID.
+    IdInUse = "id-in-use",
+    /// The destination has a container of this name.
+    NameInUse = "name-in-use",
+    /// The image's name is that of another image at the destination.
+    ImageNameTaken = "image-name-taken",
+    /// The container's network cannot be made at the destination.
+    SubnetTaken = "subnet-taken",
+    /// The destination's network of that name has other subnets.
+    SubnetMismatch = "subnet-mismatch",
+    /// The container's address is taken at the destination.
+    AddressInUse = "address-in-use",
+    /// A published port is taken at the destination.
+    PortInUse = "port-in-use",
+    /// A published port is bound to an address that the destination does not have.
+    PortAddress = "port-address",
+    /// The destination has a volume of that name.
+    VolumeExists = "volume-exists",
+    /// The source of a bind mount is not there at the destination.
+    BindSourceMissing = "bind-source-missing",
+    /// A secret is not there at the destination.
+    SecretMissing = "secret-missing",
 }
 
 impl fmt::Display for Code {
@@ -124,6 +181,11 @@ impl Finding {
             what: what.into(),
             next: next.into(),
         }
+    }
+
+    /// Whether it stops the migration.
+    pub fn refuses(&self) -> bool {
+        self.severity == Severity::Refuse
     }
 
     /// A finding that the operator should know about.

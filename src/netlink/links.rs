@@ -22,10 +22,18 @@ const INTERFACE: usize = 16;
 pub fn down(namespace: &Namespace) -> Result<()> {
     let mut channel = namespace.run(|| Channel::open(NlFamily::Route))??;
     let request = Request::new(GET_LINK, Body::new(&[0; INTERFACE]));
-    let links = channel.dump("list the interfaces of the container", &request, |links, message| {
-        let field = |at: usize| Some(u32::from_ne_bytes(message.body.get(at..at + 4)?.try_into().ok()?));
-        links.extend(field(4).zip(field(8)));
-    })?;
+    let links = channel.dump(
+        "list the interfaces of the container",
+        &request,
+        |links, message| {
+            let field = |at: usize| {
+                Some(u32::from_ne_bytes(
+                    message.body.get(at..at + 4)?.try_into().ok()?,
+                ))
+            };
+            links.extend(field(4).zip(field(8)));
+        },
+    )?;
     for (index, flags) in links {
         if flags & LOOPBACK != 0 || flags & UP == 0 {
             continue;
@@ -33,7 +41,10 @@ pub fn down(namespace: &Namespace) -> Result<()> {
         let mut interface = [0; INTERFACE];
         interface[4..8].copy_from_slice(&index.to_ne_bytes());
         interface[12..16].copy_from_slice(&UP.to_ne_bytes());
-        channel.ask("take an interface of the container down", Request::new(NEW_LINK, Body::new(&interface)))?;
+        channel.ask(
+            "take an interface of the container down",
+            Request::new(NEW_LINK, Body::new(&interface)),
+        )?;
     }
     Ok(())
 }

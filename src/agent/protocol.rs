@@ -1,0 +1,205 @@
+//! What two hosts say to each other during a migration.
+//!
+//! ```text
+//!  source                                              destination (agent)
+//!    │  POST /v1/assess            Offer ──────────────▶  looks, changes nothing
+//!    │  ◀────────────────────────────────── Assessment
+//!    │  POST /v1/migrations/ID     Prepare ────────────▶  hop, networks
+//!    │  ◀──────────────────────────────────── Prepared
+//!    │  PUT  /v1/migrations/ID/image   bytes ──────────▶  only if it lacks the image
+//!    │  ◀───────────────────────────────────── Nothing
+//!    │              ── hold, freeze: the downtime begins ──
+//!    │  POST /v1/migrations/ID/restore                    flows inserted, container restored
+//!    │       Flows, then the container as it is dumped ▶
+//!    │  ◀───────────────────────────────────── Running    the one round trip of the downtime
+//!    │              ── release: the downtime ends ──
+//!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
+//!    │  ◀───────────────────────────────────── Nothing
+//!
+//!  at any point before commit:
+//!    │  DELETE /v1/migrations/ID ──────────────────────▶  undoes all of it, also a running container
+//!    │  ◀────────────────────────────────────── Undone    only now may the source thaw
+//!  when an answer was lost:
+//!    │  GET /v1/migrations/ID ─────────────────────────▶
+//!    │  ◀────────────────────────────────────── Status
+//! ```
+//!
+//! The destination's side of one migration:
+//!
+//! ```text
+//!           Prepare            restore              ok            commit
+//!  unknown ─────────▶ prepared ────────▶ restoring ─────▶ running ──────▶ unknown
+//!     ▲                  │                   │ failed         │
+//!     └──────────────────┴───────────────────┴────────────────┘
+//!                 DELETE, or (before `running`) the source stays silent
+//! ```
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::conntrack::Flow;
+use crate::criu::{Features, Finding};
+use crate::podman::{Container, HostInfo, Network};
+use crate::tunnel;
+
+/// How large the pieces are in which an image is compressed and sent, in bytes.
+pub(crate) const IMAGE_PIECE: usize = 256 << 10;
+
+/// The number of one migration, the same on both hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MigrationId(String);
+
+/// The text is not the number of a migration.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("a migration's number is 16 hexadecimal digits")]
+pub struct MigrationIdError;
+
+impl MigrationId {
+    /// Digits of a number: 64 random bits, so that two migrations never meet.
+    const DIGITS: usize = 16;
+
+    /// A number that no other migration has.
+    ///
+    /// # Errors
+    /// When the system gives no random bytes.
+    pub fn random() -> Result<MigrationId, getrandom::Error> {
+        let number = getrandom::u64()?;
+        Ok(MigrationId(format!("{number:016x}")))
+    }
+
+    /// The number as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for MigrationId {
+    type Err = MigrationIdError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // Only these can be part of a path or of a file's name.
+        let valid = text.len() == Self::DIGITS
+            && text
+                .bytes()
+                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        if valid {
+            Ok(MigrationId(text.to_owned()))
+        } else {
+            Err(MigrationIdError)
+        }
+    }
+}
+
+impl TryFrom<String> for MigrationId {
+    type Error = MigrationIdError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<MigrationId> for String {
+    fn from(id: MigrationId) -> String {
+        id.0
+    }
+}
+
+impl std::fmt::Display for MigrationId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A container that would like to come.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Offer {
+    /// What Podman says of it.
+    pub container: Container,
+    /// The networks it is attached to, as they are at the source.
+    pub networks: Vec<Network>,
+    /// The source's Podman.
+    pub host: HostInfo,
+    /// The source's CRIU, kernel and processor.
+    pub features: Features,
+}
+
+/// What the destination thinks of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Assessment {
+    /// What stands in the way, and what should be known.
+    pub findings: Vec<Finding>,
+    /// Whether the container's exact image is there.
+    pub image_present: bool,
+    /// The networks that would be made.
+    pub networks_to_make: Vec<String>,
+    /// The destination's Podman.
+    pub host: HostInfo,
+}
+
+/// Get ready for it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The container, as in the assessment.
+    pub offer: Offer,
+    /// The source's end of the hop.
+    pub hop: tunnel::Proposal,
+}
+
+/// It is ready.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Prepared {
+    /// The destination's end of the hop.
+    pub hop: tunnel::Proposal,
+}
+
+/// The first frame of a restore: what has to be known before the container runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Flows {
+    /// The container's connections.
+    pub flows: Vec<Flow>,
+}
+
+/// The container runs at the destination.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Running {
+    /// From the last byte received to the container running.
+    pub restore: Duration,
+    /// How many flows were inserted.
+    pub flows: usize,
+}
+
+/// Nothing but success.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Nothing {}
+
+/// Where a migration stands at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// Never heard of, undone, or committed and forgotten: nothing to undo here.
+    Unknown,
+    /// Hop and networks are there; the container is not.
+    Prepared,
+    /// The container is being restored.
+    Restoring,
+    /// The container runs, and can still be taken back.
+    Running,
+}
+
+/// The answer to "where does it stand".
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// Where it stands.
+    pub stage: Stage,
+}
+
+/// The destination has nothing of the migration any more.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Undone {
+    /// What could not be removed there. The container is never among it: if it cannot be removed,
+    /// the request fails.
+    pub leftovers: Vec<String>,
+}

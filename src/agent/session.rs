@@ -1,0 +1,546 @@
+//! The destination's side of migrations: what the requests of a peer do.
+//!
+//! The states are drawn in [`protocol`](super::protocol). Each migration is one [`Session`] with a
+//! journal of its own; requests for one migration run one after the other, those for different
+//! migrations side by side.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_compression::tokio::bufread::ZstdDecoder;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use hyper::{Method, Request, StatusCode};
+use serde::Serialize;
+use tokio_util::io::{ReaderStream, StreamReader};
+
+use super::protocol::{
+    Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
+    Status, Undone,
+};
+use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
+use crate::bundle::{self, Compression};
+use crate::conntrack::{Table, steer};
+use crate::migration::{self, Effect, Hands, Journal};
+use crate::netlink::Namespace;
+use crate::podman::{Client, FailureLog, RestoreOptions, failure_log};
+use crate::tunnel::{self, HopId};
+use crate::{Class, Config, Error};
+
+/// The largest container that is taken, in bytes: more memory than a host has.
+const CONTAINER: u64 = 16 << 40;
+/// How long a prepared migration may hear nothing from its source before it is undone.
+const FORSAKEN: Duration = Duration::from_secs(120);
+/// How often the forsaken are looked for.
+const LOOK_ROUND: Duration = Duration::from_secs(10);
+
+/// All migrations that are coming to this host.
+#[derive(Debug)]
+pub struct Sessions {
+    config: Config,
+    podman: Client,
+    open: Mutex<HashMap<MigrationId, Shared>>,
+}
+
+/// A migration and whose it is. One request at a time works on it.
+#[derive(Debug, Clone)]
+struct Shared {
+    peer: Fingerprint,
+    state: Arc<tokio::sync::Mutex<Session>>,
+}
+
+/// One migration that is coming to this host.
+#[derive(Debug)]
+struct Session {
+    stage: Stage,
+    offer: Offer,
+    hop: Option<HopId>,
+    journal: Journal,
+    heard_of: Instant,
+}
+
+impl Sessions {
+    /// The migrations coming to the host with this configuration: none so far.
+    pub fn new(config: Config) -> Sessions {
+        let podman = Client::new(&config.podman_socket);
+        Sessions {
+            config,
+            podman,
+            open: Mutex::default(),
+        }
+    }
+
+    /// Tidies up after an agent that ended badly: what it had only prepared is undone.
+    ///
+    /// A container that runs stays: its source may have heard that it does, and only the source knows
+    /// whether it is to stay for good. Returns a sentence about each.
+    ///
+    /// # Errors
+    /// When a journal cannot be read, or Podman not be asked.
+    pub async fn resume(&self) -> Result<Vec<String>, Error> {
+        let mut told = Vec::new();
+        for path in migration::left_behind(&self.config.incoming_dir())? {
+            let journal = Journal::open(&path)?;
+            let mut runs = None;
+            for container in journal.effects().iter().filter_map(Effect::restored) {
+                match self.podman.inspect(container.as_str()).await {
+                    Ok(container) if container.is_running() => runs = Some(container.name),
+                    Err(error) if !error.is_not_found() => return Err(error.into()),
+                    _ => {}
+                }
+            }
+            let id = path
+                .file_stem()
+                .map(|stem| stem.to_string_lossy().into_owned())
+                .unwrap_or_default();
+            if journal.committed() {
+                journal.close()?;
+            } else if let Some(name) = runs {
+                told.push(format!("migration {id} brought `{name}`, which runs; its source has to say whether it stays"));
+            } else {
+                let leftovers = self.unwind(&journal).await;
+                told.push(format!("migration {id} was interrupted and is undone"));
+                told.extend(
+                    leftovers
+                        .iter()
+                        .map(|leftover| format!("could not be undone: {leftover}")),
+                );
+                if leftovers.is_empty() {
+                    journal.close()?;
+                }
+            }
+        }
+        Ok(told)
+    }
+
+    async fn unwind(&self, journal: &Journal) -> Vec<String> {
+        let mut hands = Hands::new(self.config.clone(), self.podman.clone());
+        // Nothing that an incoming migration does is in doubt: there is nobody to ask.
+        let leftovers = migration::unwind(&mut hands, journal, &mut |_event| {})
+            .await
+            .unwrap_or_default();
+        leftovers.iter().map(ToString::to_string).collect()
+    }
+
+    /// The journal of a migration that an earlier agent of this host began.
+    fn left_behind(&self, id: &MigrationId) -> Result<Option<Journal>, Error> {
+        let path = self.config.incoming_dir().join(format!("{id}.jsonl"));
+        Ok(path.exists().then(|| Journal::open(&path)).transpose()?)
+    }
+
+    /// Undoes, for as long as the agent runs, the migrations whose source has gone silent before
+    /// anything runs here.
+    pub async fn look_after(self: Arc<Self>) {
+        let mut round = tokio::time::interval(LOOK_ROUND);
+        loop {
+            round.tick().await;
+            let open: Vec<(MigrationId, Shared)> = self
+                .sessions()
+                .iter()
+                .map(|(id, session)| (id.clone(), session.clone()))
+                .collect();
+            for (id, session) in open {
+                // One that is at work is not forsaken.
+                let Ok(mut session) = session.state.try_lock() else {
+                    continue;
+                };
+                if session.stage == Stage::Prepared && session.heard_of.elapsed() >= FORSAKEN {
+                    tracing::warn!(migration = %id, "its source has gone silent: undoing it");
+                    if let Err(error) = self.undo(&id, &mut session).await {
+                        tracing::error!(migration = %id, %error, "it could not be undone");
+                    }
+                }
+            }
+        }
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, HashMap<MigrationId, Shared>> {
+        // Nothing in here can be left half-changed by a panic.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn answer(self: Arc<Self>, caller: Caller, request: Request<Body>) -> Reply {
+        let (head, body) = request.into_parts();
+        if !caller.peer.may(Permission::Send) {
+            return Err(Refusal::new(
+                StatusCode::FORBIDDEN,
+                "may-not-send",
+                format!("{} may not send containers to this host", caller.peer.name),
+            ));
+        }
+        let path: Vec<&str> = head.uri.path().trim_start_matches('/').split('/').collect();
+        match (&head.method, path.as_slice()) {
+            (&Method::POST, ["v1", "assess"]) => {
+                let offer: Offer = body.json().await.map_err(unreadable)?;
+                said(self.assess(&offer).await)
+            }
+            (&Method::POST, ["v1", "migrations", id]) => {
+                let id = number(id)?;
+                let prepare: Prepare = body.json().await.map_err(unreadable)?;
+                said(self.prepare(&caller, id, prepare).await)
+            }
+            (&Method::PUT, ["v1", "migrations", id, "image"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let loaded = self.load_image(&mut session, body).await;
+                session.heard_of = Instant::now();
+                said(loaded)
+            }
+            (&Method::POST, ["v1", "migrations", id, "restore"]) => {
+                let (id, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                said(self.restore(&id, &mut session, body).await)
+            }
+            (&Method::POST, ["v1", "migrations", id, "commit"]) => {
+                let id = number(id)?;
+                match self.find(&caller, id.as_str()) {
+                    Ok((id, session)) => said(self.commit(&id, &mut *session.lock().await)),
+                    // Told twice, it is committed once.
+                    Err(_) => said(self.left_behind(&id).and_then(|journal| {
+                        if let Some(journal) = journal {
+                            journal.close()?;
+                        }
+                        Ok(Nothing {})
+                    })),
+                }
+            }
+            (&Method::DELETE, ["v1", "migrations", id]) => {
+                let id = number(id)?;
+                match self.find(&caller, id.as_str()) {
+                    Ok((id, session)) => said(self.undo(&id, &mut *session.lock().await).await),
+                    Err(_) => said(self.undo_left_behind(&id).await),
+                }
+            }
+            (&Method::GET, ["v1", "migrations", id]) => {
+                number(id)?;
+                let stage = match self.find(&caller, id) {
+                    Ok((_, session)) => session.lock().await.stage,
+                    Err(_) => Stage::Unknown,
+                };
+                reply::json(&Status { stage })
+            }
+            _ => Err(Refusal::new(
+                StatusCode::NOT_FOUND,
+                "no-such-request",
+                "the agent knows no such request",
+            )),
+        }
+    }
+
+    /// What stands in the way of a container, as seen from here. Changes nothing.
+    async fn assess(&self, offer: &Offer) -> Result<Assessment, Error> {
+        migration::at_destination(&self.podman, offer).await
+    }
+
+    /// Brings up the hop and makes the networks that are missing.
+    async fn prepare(
+        &self,
+        caller: &Caller,
+        id: MigrationId,
+        prepare: Prepare,
+    ) -> Result<Prepared, Error> {
+        let Prepare { offer, hop } = prepare;
+        // It may have changed since the assessment, and the source may not have asked for one.
+        let assessment = self.assess(&offer).await?;
+        migration::refuse(&offer.container.name, "this host", &assessment.findings)?;
+        let journal = Journal::create(&self.config.incoming_dir(), &id)?;
+        let state = Arc::new(tokio::sync::Mutex::new(Session {
+            stage: Stage::Prepared,
+            offer,
+            hop: None,
+            journal,
+            heard_of: Instant::now(),
+        }));
+        let mut session = state.clone().lock_owned().await;
+        self.sessions().insert(
+            id.clone(),
+            Shared {
+                peer: caller.peer.fingerprint,
+                state,
+            },
+        );
+        let prepared = self
+            .make_ready(caller, &id, &mut session, &hop, &assessment)
+            .await;
+        if prepared.is_err() {
+            // What went wrong is the answer; what may be left of it stays in the journal.
+            if let Err(error) = self.undo(&id, &mut session).await {
+                tracing::error!(migration = %id, %error, "it could not be undone");
+            }
+        }
+        prepared
+    }
+
+    async fn make_ready(
+        &self,
+        caller: &Caller,
+        id: &MigrationId,
+        session: &mut Session,
+        theirs: &tunnel::Proposal,
+        assessment: &Assessment,
+    ) -> Result<Prepared, Error> {
+        for name in &assessment.networks_to_make {
+            if let Some(network) = session
+                .offer
+                .networks
+                .iter()
+                .find(|network| network.name == *name)
+            {
+                session
+                    .journal
+                    .will([Effect::Network { name: name.clone() }])?;
+                self.podman.create_network(network).await?;
+            }
+        }
+        let tunnels = migration::tunnels(&self.config);
+        session.journal.will([Effect::Hop {
+            user: id.as_str().to_owned(),
+        }])?;
+        let (hop, _) = tunnels.acquire(&caller.peer.fingerprint.to_string(), id.as_str())?;
+        let hop = hop.spec.hop;
+        let own = tunnels
+            .open(hop, migration::mtu(&session.offer.networks))
+            .await?;
+        tunnels.connect(hop, theirs, caller.remote.ip()).await?;
+        steer::install(hop).await?;
+        session.hop = Some(hop);
+        Ok(Prepared { hop: own })
+    }
+
+    /// Takes the container's image.
+    async fn load_image(&self, session: &mut Session, body: Body) -> Result<Nothing, Error> {
+        let Some(image) = session.offer.container.image.clone() else {
+            return Ok(Nothing {});
+        };
+        let name = session.offer.container.image_name.clone();
+        if self.podman.image(image.as_str()).await?.is_none() {
+            session
+                .journal
+                .will([Effect::Image { id: image.clone() }])?;
+            let packed = StreamReader::new(body.map_err(std::io::Error::other));
+            let plain = ReaderStream::with_capacity(ZstdDecoder::new(packed), IMAGE_PIECE);
+            self.podman.load_image(plain).await?;
+        } else {
+            // It is here under another name: what is being sent is not needed.
+            drop(body);
+        }
+        // An image that has no name at its source still needs the one that the container knows it by.
+        if self
+            .podman
+            .image(&name)
+            .await?
+            .is_none_or(|found| found.id != image)
+            && !name.is_empty()
+        {
+            self.podman.tag_image(&image, &name).await?;
+        }
+        Ok(Nothing {})
+    }
+
+    /// Enters the flows, and restores the container.
+    async fn restore(
+        &self,
+        id: &MigrationId,
+        session: &mut Session,
+        body: Body,
+    ) -> Result<Running, Error> {
+        if session.stage != Stage::Prepared {
+            return Err(Error::OutOfOrder("preparation"));
+        }
+        session.stage = Stage::Restoring;
+        let restored = self.bring_to_life(session, body).await;
+        match restored {
+            Ok(running) => {
+                session.stage = Stage::Running;
+                session.heard_of = Instant::now();
+                tracing::info!(migration = %id, container = %session.offer.container.id, "the container runs");
+                Ok(running)
+            }
+            Err(error) => {
+                tracing::warn!(migration = %id, %error, "the container could not be restored: undoing it");
+                match self.undo(id, session).await {
+                    Ok(_) => Err(error),
+                    // Something of it may run. The source has to ask again.
+                    Err(worse) => Err(worse),
+                }
+            }
+        }
+    }
+
+    async fn bring_to_life(&self, session: &mut Session, body: Body) -> Result<Running, Error> {
+        let container = session.offer.container.clone();
+        let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
+        let volumes: Vec<String> = container.volumes().map(str::to_owned).collect();
+        session.journal.will([
+            Effect::Flows {
+                addresses: container.addresses().collect(),
+                hop,
+            },
+            Effect::Restored {
+                container: container.id.clone(),
+                volumes,
+            },
+        ])?;
+        let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
+        let (Flows { flows }, archive) = bundle::beheaded(content).await?;
+        let table = Table::open(&Namespace::current()?)?;
+        let entries = flows.iter().map(|flow| flow.at_destination(hop)).collect();
+        let mut inserted = 0;
+        for result in table.insert_all(entries).await? {
+            result?;
+            inserted += 1;
+        }
+        let options = RestoreOptions {
+            tcp_established: true,
+            ..RestoreOptions::default()
+        };
+        let ended = Arc::new(Mutex::new(Instant::now()));
+        let end = ended.clone();
+        let archive = archive.inspect(move |_| {
+            *end.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        });
+        let restored = self.podman.restore(archive, &options).await;
+        if let Err(error) = restored {
+            let host = self.podman.host().await?;
+            let reason = failure_log(&host.static_dir(&container.id), FailureLog::Restore);
+            return Err(match reason {
+                Some(reason) => Error::Restore {
+                    source: error,
+                    reason,
+                },
+                None => error.into(),
+            });
+        }
+        let restore = ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .elapsed();
+        Ok(Running {
+            restore,
+            flows: inserted,
+        })
+    }
+
+    /// The source has let go: from now on the container is this host's.
+    fn commit(&self, id: &MigrationId, session: &mut Session) -> Result<Nothing, Error> {
+        if session.stage != Stage::Running {
+            return Err(Error::OutOfOrder("running container"));
+        }
+        session.journal.commit()?;
+        self.close(id, session)?;
+        Ok(Nothing {})
+    }
+
+    /// Undoes everything. An error means that the container may still be here.
+    async fn undo(&self, id: &MigrationId, session: &mut Session) -> Result<Undone, Error> {
+        let leftovers = self.unwind(&session.journal).await;
+        self.make_sure_it_is_gone(&session.journal, &leftovers)
+            .await?;
+        session.stage = Stage::Unknown;
+        self.sessions().remove(id);
+        if leftovers.is_empty() {
+            session.journal.close()?;
+        }
+        Ok(Undone { leftovers })
+    }
+
+    /// The same for a migration that an earlier agent of this host began.
+    async fn undo_left_behind(&self, id: &MigrationId) -> Result<Undone, Error> {
+        let Some(journal) = self.left_behind(id)? else {
+            return Ok(Undone {
+                leftovers: Vec::new(),
+            });
+        };
+        let leftovers = self.unwind(&journal).await;
+        self.make_sure_it_is_gone(&journal, &leftovers).await?;
+        if leftovers.is_empty() {
+            journal.close()?;
+        }
+        Ok(Undone { leftovers })
+    }
+
+    /// The source will thaw its container when it is told that all is undone.
+    async fn make_sure_it_is_gone(
+        &self,
+        journal: &Journal,
+        leftovers: &[String],
+    ) -> Result<(), Error> {
+        for container in journal.effects().iter().filter_map(Effect::restored) {
+            if self.podman.exists(container.as_str()).await? {
+                return Err(Error::StillThere {
+                    container: container.clone(),
+                    reasons: leftovers.join("; "),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn close(&self, id: &MigrationId, session: &mut Session) -> Result<(), Error> {
+        session.journal.close()?;
+        self.sessions().remove(id);
+        Ok(())
+    }
+
+    /// The session of this migration, if it is this peer's.
+    fn find(
+        &self,
+        caller: &Caller,
+        id: &str,
+    ) -> Result<(MigrationId, Arc<tokio::sync::Mutex<Session>>), Refusal> {
+        let id = number(id)?;
+        match self.sessions().get(&id) {
+            // To everyone but its source a migration does not exist.
+            Some(session) if session.peer == caller.peer.fingerprint => {
+                Ok((id, session.state.clone()))
+            }
+            _ => Err(Refusal::new(
+                StatusCode::NOT_FOUND,
+                "no-such-migration",
+                format!("no migration {id} is under way here"),
+            )),
+        }
+    }
+}
+
+impl Handler for Sessions {
+    fn handle(
+        self: Arc<Self>,
+        caller: Caller,
+        request: Request<Body>,
+    ) -> BoxFuture<'static, Reply> {
+        self.answer(caller, request).boxed()
+    }
+}
+
+fn number(text: &str) -> Result<MigrationId, Refusal> {
+    text.parse()
+        .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, "bad-request", format!("{error}")))
+}
+
+fn unreadable(error: super::Error) -> Refusal {
+    Refusal::new(
+        StatusCode::BAD_REQUEST,
+        "bad-request",
+        crate::error::with_sources(&error),
+    )
+}
+
+/// An answer, or the refusal that an error is.
+fn said<T: Serialize>(result: Result<T, Error>) -> Reply {
+    match result {
+        Ok(answer) => reply::json(&answer),
+        Err(error) => {
+            let (status, code) = match error.class() {
+                Class::Refused => (StatusCode::CONFLICT, "refused"),
+                _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+            };
+            let mut refusal = Refusal::new(status, code, crate::error::with_sources(&error));
+            if let Some(hint) = error.hint() {
+                refusal = refusal.with_hint(hint);
+            }
+            Err(refusal)
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! The arguments of the command.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use livemig::Config;
+use livemig::migration::Phase;
+
+/// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it.
+///
+/// Once, for each pair of hosts:
+///
+///   host-b# livemig agent &                 # or the systemd unit
+///   host-b# livemig invite                  # prints a token, good for one use
+///   host-a# livemig join TOKEN --name host-b
+///
+/// Then, whenever a container has to move:
+///
+///   host-a# livemig check web --to host-b   # looks, changes nothing
+///   host-a# livemig migrate web --to host-b
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(flatten)]
+    pub place: Place,
+
+    /// Print one JSON document (for `migrate`, one JSON object a line) instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// Tell on standard error what goes on inside; twice for more
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    an unexpected failure
+  2    the arguments make no sense
+  3    refused by a check; nothing was changed
+  4    a host cannot be reached, or does not trust this one; nothing was changed
+  5    it failed on the way; everything was undone and the container runs on at the source
+  6    it failed on the way, and something could not be undone: the message lists what
+  7    it is not known which host runs the container: see `livemig recover --help`
+  8    the container moved, but something at the source could not be tidied: the message lists what
+  130  interrupted; everything was undone and the container runs on at the source";
+
+/// Where things are on this host.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Places")]
+pub struct Place {
+    /// Podman's API socket
+    #[arg(
+        long,
+        global = true,
+        env = "LIVEMIG_PODMAN_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/podman/podman.sock"
+    )]
+    pub podman_socket: PathBuf,
+
+    /// This host's key, its peers, open invitations, the journal
+    #[arg(
+        long,
+        global = true,
+        env = "LIVEMIG_STATE_DIR",
+        value_name = "DIR",
+        default_value = "/var/lib/livemig"
+    )]
+    pub state_dir: PathBuf,
+
+    /// Hops, locks, files on their way
+    #[arg(
+        long,
+        global = true,
+        env = "LIVEMIG_RUN_DIR",
+        value_name = "DIR",
+        default_value = "/run/livemig"
+    )]
+    pub run_dir: PathBuf,
+
+    /// First UDP port tried for a tunnel to another host
+    #[arg(long, global = true, env = "LIVEMIG_TUNNEL_PORT", value_name = "PORT", default_value_t = livemig::tunnel::Settings::FIRST_PORT)]
+    pub tunnel_port: u16,
+}
+
+impl Place {
+    /// What the library needs to know of them.
+    pub fn config(&self) -> Config {
+        Config {
+            podman_socket: self.podman_socket.clone(),
+            state_dir: self.state_dir.clone(),
+            run_dir: self.run_dir.clone(),
+            tunnel_port: self.tunnel_port,
+            ..Config::default()
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Receive containers from the hosts that this one trusts
+    Agent {
+        /// Address and TCP port to listen on
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "[::]:27757")]
+        listen: std::net::SocketAddr,
+    },
+
+    /// Print a token with which one other host can join this one
+    Invite {
+        /// Where the other host reaches this one's agent, as HOST or HOST:PORT
+        ///
+        /// Default: the address that this host uses towards the outside.
+        #[arg(long, value_name = "HOST[:PORT]")]
+        address: Option<String>,
+
+        /// How long the token is good for, as in 90s, 15m, 2h
+        #[arg(long, value_name = "TIME", default_value = "15m", value_parser = duration)]
+        valid: Duration,
+    },
+
+    /// Accept an invitation: from then on, containers can be sent to the host that gave it
+    Join {
+        /// What `livemig invite` printed on the other host
+        token: String,
+
+        /// What to call the other host here
+        ///
+        /// Default: the name or address in the token.
+        #[arg(long)]
+        name: Option<String>,
+
+        /// Where the other host reaches this one's agent, if containers are to come back
+        #[arg(long, value_name = "HOST[:PORT]")]
+        address: Option<String>,
+    },
+
+    /// List the hosts that this one trusts
+    Hosts,
+
+    /// Move a running container to another host
+    Migrate {
+        #[command(flatten)]
+        what: Move,
+
+        /// Leave the container's named volumes behind on this host as well
+        ///
+        /// Their content goes to the destination in any case. Without this they are removed here,
+        /// unless another container uses them: what is left would be out of date from the first
+        /// write over there, and in the way when the container comes back.
+        #[arg(long)]
+        keep_volumes: bool,
+
+        /// Go as far as the end of this phase, then undo everything
+        ///
+        /// The container stays here and its connections stay open: a way to see how long the move
+        /// would interrupt it. Phases: preflight, prepare, precopy, hold, freeze, transfer, restore,
+        /// steer.
+        #[arg(long, value_name = "PHASE")]
+        rehearse: Option<Phase>,
+    },
+
+    /// Look whether a container could move, and say what stands in the way
+    Check(Move),
+
+    /// Show every change that a migration would make on both hosts, and how each is undone
+    Plan(Move),
+
+    /// List the containers of this host, and what a migration would take along
+    Ps,
+
+    /// List the connections of containers, and the hop that each one takes
+    Flows {
+        /// Only those of this container
+        container: Option<String>,
+    },
+
+    /// Finish or undo what an interrupted migration left on this host
+    ///
+    /// Reads the journal. A migration that was past its point of no return is finished; any other is
+    /// undone, after the destination has given up its copy.
+    Recover,
+
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+
+    /// Be the userspace WireGuard device of one hop (started by livemig itself)
+    #[command(hide = true)]
+    TunnelDevice {
+        /// The interface to make
+        interface: String,
+        /// The socket it is controlled by
+        socket: PathBuf,
+    },
+}
+
+/// What moves where.
+#[derive(Debug, Args)]
+pub struct Move {
+    /// Name or ID of a running container
+    pub container: String,
+
+    /// The host to move it to: a name from `livemig hosts`
+    #[arg(long, value_name = "HOST")]
+    pub to: String,
+}
+
+/// Reads 90s, 15m, 2h or a plain number of seconds.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = text.split_at(
+        text.trim_end_matches(|c: char| c.is_ascii_alphabetic())
+            .len(),
+    );
+    let seconds = match unit {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => {
+            return Err(format!(
+                "`{unit}` is not a unit of time; use s, m or h, as in 15m"
+            ));
+        }
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "give a whole number and a unit, as in 15m".to_owned())?;
+    number
+        .checked_mul(seconds)
+        .filter(|seconds| (1..=7 * 24 * 3600).contains(seconds))
+        .map(Duration::from_secs)
+        .ok_or_else(|| "it must lie between 1 second and 7 days".to_owned())
+}

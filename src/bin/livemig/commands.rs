@@ -1,0 +1,477 @@
+//! What each subcommand does: a call or two into the library, and how the answer is shown.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::CommandFactory;
+use livemig::agent::{
+    Address, DEFAULT_PORT, Identity, Invites, JoinAs, Limits, Offer, PeerName, Peers, Server,
+    Sessions, Token, Trust,
+};
+use livemig::conntrack::Direction;
+use livemig::migration::{self, Event, Observer, Preflight};
+use livemig::{Config, Error, Request};
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::{Cli, Command, Move};
+use crate::exit;
+use crate::progress::{Bytes, Progress, summary};
+use crate::table::Table;
+
+pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
+    let config = cli.place.config();
+    let json = cli.json;
+    match cli.command {
+        Command::Agent { listen } => agent(config, listen).await,
+        Command::Invite { address, valid } => invite(&config, address, valid, json),
+        Command::Join {
+            token,
+            name,
+            address,
+        } => join(&config, &token, name, address, json).await,
+        Command::Hosts => hosts(&config, json),
+        Command::Migrate {
+            what,
+            keep_volumes,
+            rehearse,
+        } => {
+            let request = request(config, what)
+                .keep_volumes(keep_volumes)
+                .rehearse(rehearse);
+            migrate(request, json).await
+        }
+        Command::Check(what) => check(&request(config, what), json).await,
+        Command::Plan(what) => plan(&request(config, what), json).await,
+        Command::Ps => ps(&config, json).await,
+        Command::Flows { container } => flows(&config, container.as_deref(), json).await,
+        Command::Recover => recover(&config, json).await,
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "livemig",
+                &mut std::io::stdout(),
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::TunnelDevice { interface, socket } => {
+            livemig::tunnel::userspace::run_device(&interface, &socket).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn request(config: Config, what: Move) -> Request {
+    Request::new(what.container, what.to).config(config)
+}
+
+fn print_json<T: Serialize>(value: &T) -> ExitCode {
+    match serde_json::to_string_pretty(value) {
+        Ok(text) => {
+            println!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("livemig: cannot write the answer as JSON: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn agent(config: Config, listen: std::net::SocketAddr) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
+    let limits = Limits::default();
+    let trust = Trust::open(&config.state_dir, own_name()?, &limits)?;
+    let fingerprint = trust.identity.fingerprint();
+    let sessions = std::sync::Arc::new(Sessions::new(config));
+    for line in sessions.resume().await? {
+        println!("{line}");
+    }
+    let server = Server::bind(listen, trust, limits).await?;
+    println!(
+        "listening on {}, fingerprint {fingerprint}",
+        server.local_addr()?
+    );
+    let rounds = tokio::spawn(sessions.clone().look_after());
+    server.serve(sessions, asked_to_stop()).await;
+    rounds.abort();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends when somebody wants the program to end.
+async fn asked_to_stop() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// What this host calls itself: its host name, as far as that can be one.
+fn own_name() -> Result<PeerName, Error> {
+    let name = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .to_lowercase();
+    Ok(name.parse()?)
+}
+
+fn invite(
+    config: &Config,
+    address: Option<String>,
+    valid: Duration,
+    json: bool,
+) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
+    let limits = Limits::default();
+    let identity = Identity::load_or_create(&config.state_dir)?;
+    let address: Address = match address {
+        Some(address) => with_port(&address).parse()?,
+        None => with_port(&outward_address()).parse()?,
+    };
+    let offer = Offer {
+        name: own_name()?,
+        address,
+        fingerprint: identity.fingerprint(),
+    };
+    let token = Invites::open(&config.state_dir, &limits)?.create(&offer, valid)?;
+    if json {
+        return Ok(print_json(&serde_json::json!({
+            "token": token.to_string(),
+            "address": offer.address.to_string(),
+            "fingerprint": offer.fingerprint.to_string(),
+            "valid_seconds": valid.as_secs(),
+        })));
+    }
+    println!("{token}");
+    eprintln!(
+        "good for one use within {} minutes; on the other host: livemig join TOKEN",
+        valid.as_secs().div_ceil(60)
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The address that packets to the outside leave from; none is sent to find out.
+fn outward_address() -> String {
+    let probe = || {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+        // An address for documentation (RFC 5737): connecting a UDP socket only looks up the route.
+        socket.connect("192.0.2.1:9").ok()?;
+        Some(socket.local_addr().ok()?.ip().to_string())
+    };
+    probe().unwrap_or_else(|| {
+        rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned()
+    })
+}
+
+fn with_port(address: &str) -> String {
+    let has_port = address.rsplit_once(':').is_some_and(|(host, port)| {
+        port.parse::<u16>().is_ok() && (!host.contains(':') || host.ends_with(']'))
+    });
+    match (has_port, address.parse::<std::net::Ipv6Addr>()) {
+        (_, Ok(address)) => format!("[{address}]:{DEFAULT_PORT}"),
+        (true, _) => address.to_owned(),
+        (false, _) => format!("{address}:{DEFAULT_PORT}"),
+    }
+}
+
+async fn join(
+    config: &Config,
+    token: &str,
+    name: Option<String>,
+    address: Option<String>,
+    json: bool,
+) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
+    let limits = Limits::default();
+    let token: Token = token.trim().parse().map_err(livemig::agent::Error::from)?;
+    let own = JoinAs {
+        name: own_name()?,
+        address: address
+            .map(|address| with_port(&address).parse())
+            .transpose()?,
+        call_it: name.map(|name| name.parse()).transpose()?,
+    };
+    let identity = Identity::load_or_create(&config.state_dir)?;
+    let peers = Peers::open(&config.state_dir, &limits)?;
+    let peer = livemig::agent::join(&token, &own, &identity, &peers, &limits).await?;
+    if json {
+        return Ok(print_json(&peer));
+    }
+    println!("{} is known here now, and this host there", peer.name);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
+    let peers = Peers::open(&config.state_dir, &Limits::default())?.list()?;
+    if json {
+        return Ok(print_json(&peers));
+    }
+    let mut table = Table::new(&["name", "address", "may", "fingerprint"]);
+    for peer in peers {
+        let may: Vec<String> = peer.may.iter().map(ToString::to_string).collect();
+        let address = peer
+            .address
+            .map_or_else(|| "-".to_owned(), |address| address.to_string());
+        table.row([
+            peer.name.to_string(),
+            address,
+            may.join(","),
+            peer.fingerprint.to_string(),
+        ]);
+    }
+    print!("{table}");
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn migrate(request: Request, json: bool) -> Result<ExitCode, Error> {
+    let cancel = CancellationToken::new();
+    let request = request.cancel(cancel.clone());
+    // Asked to stop, it undoes what it has done; asked again, it goes on undoing.
+    tokio::spawn(async move {
+        asked_to_stop().await;
+        cancel.cancel();
+    });
+    let mut progress = Progress::new(json);
+    let outcome = migration::migrate(&request, &mut progress).await;
+    drop(progress);
+    match outcome {
+        Err(Error::RolledBack {
+            cause, leftovers, ..
+        }) if matches!(*cause, Error::Rehearsed(_)) && leftovers.is_empty() => {
+            if !json {
+                println!(
+                    "{cause}; everything was undone, and `{}` runs on here",
+                    request.container
+                );
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => Err(error),
+        Ok(report) if json => {
+            println!(
+                "{}",
+                serde_json::json!({ "event": "report", "report": report })
+            );
+            Ok(if report.leftovers.is_empty() {
+                ExitCode::SUCCESS
+            } else {
+                exit::untidy()
+            })
+        }
+        Ok(report) => {
+            summary(&report);
+            Ok(if report.leftovers.is_empty() {
+                ExitCode::SUCCESS
+            } else {
+                exit::untidy()
+            })
+        }
+    }
+}
+
+async fn check(request: &Request, json: bool) -> Result<ExitCode, Error> {
+    let preflight = migration::check(request).await?;
+    if json {
+        print_json(&serde_json::json!({
+            "container": preflight.container.name,
+            "destination": request.to,
+            "passes": preflight.passes(),
+            "findings": preflight.findings,
+            "flows": preflight.flows.len(),
+        }));
+    } else {
+        findings(&preflight, &request.to);
+    }
+    Ok(if preflight.passes() {
+        ExitCode::SUCCESS
+    } else {
+        exit::refused()
+    })
+}
+
+fn findings(preflight: &Preflight, destination: &str) {
+    let name = &preflight.container.name;
+    if !preflight.findings.is_empty() {
+        let mut table = Table::new(&["", "code", "what", "what to do"]);
+        for finding in &preflight.findings {
+            let mark = if finding.refuses() { "no" } else { "warning" };
+            table.row([
+                mark.to_owned(),
+                finding.code.to_string(),
+                finding.what.clone(),
+                finding.next.clone(),
+            ]);
+        }
+        print!("{table}");
+    }
+    let image = if preflight.assessment.image_present {
+        "has the image"
+    } else {
+        "will be sent the image"
+    };
+    if preflight.passes() {
+        println!(
+            "`{name}` can move to {destination}, which {image}; {} connections go along",
+            preflight.flows.len()
+        );
+    } else {
+        println!("`{name}` cannot move to {destination}");
+    }
+}
+
+async fn plan(request: &Request, json: bool) -> Result<ExitCode, Error> {
+    let plan = migration::plan(request).await?;
+    if json {
+        print_json(&plan);
+    } else {
+        let mut table = Table::new(&["phase", "where", "what", "undone by"]);
+        for step in &plan.steps {
+            let undo = step
+                .undo
+                .clone()
+                .unwrap_or_else(|| "- (past the point of no return)".to_owned());
+            table.row([
+                step.phase.to_string(),
+                step.host.clone(),
+                step.change.clone(),
+                undo,
+            ]);
+        }
+        print!("{table}");
+        findings(&plan.preflight, &request.to);
+    }
+    Ok(if plan.preflight.passes() {
+        ExitCode::SUCCESS
+    } else {
+        exit::refused()
+    })
+}
+
+async fn ps(config: &Config, json: bool) -> Result<ExitCode, Error> {
+    let containers = livemig::overview::containers(config).await?;
+    if json {
+        return Ok(print_json(&containers));
+    }
+    let mut table = Table::new(&[
+        "id",
+        "name",
+        "state",
+        "addresses",
+        "flows",
+        "through hops",
+        "image",
+    ]);
+    for container in containers {
+        let addresses: Vec<String> = container
+            .addresses
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        table.row([
+            container.id.short().to_owned(),
+            container.name,
+            container.state,
+            addresses.join(","),
+            container.flows.to_string(),
+            container.through_hops.to_string(),
+            container.image_name,
+        ]);
+    }
+    print!("{table}");
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn flows(config: &Config, container: Option<&str>, json: bool) -> Result<ExitCode, Error> {
+    let flows = livemig::overview::flows(config, container).await?;
+    if json {
+        return Ok(print_json(&flows));
+    }
+    let mut table = Table::new(&[
+        "container",
+        "protocol",
+        "opened",
+        "peer",
+        "in",
+        "out",
+        "to it through",
+        "from it through",
+    ]);
+    for listed in flows {
+        let flow = &listed.flow;
+        let hop = |direction: Direction| match flow.entry.mark.hop(direction) {
+            Some(hop) => listed
+                .hops
+                .get(&hop)
+                .cloned()
+                .unwrap_or_else(|| format!("hop {hop}")),
+            None => "-".to_owned(),
+        };
+        let towards = flow.towards_container();
+        let (original, reply) = flow.entry.counters.unwrap_or_default();
+        let (inwards, outwards) = match towards {
+            Direction::Original => (original, reply),
+            Direction::Reply => (reply, original),
+        };
+        table.row([
+            listed
+                .container
+                .clone()
+                .unwrap_or_else(|| flow.container.to_string()),
+            flow.seen.protocol.name().to_owned(),
+            format!("{:?}", flow.opening).to_lowercase(),
+            flow.seen.to_string(),
+            Bytes(inwards.bytes).to_string(),
+            Bytes(outwards.bytes).to_string(),
+            hop(towards),
+            hop(towards.opposite()),
+        ]);
+    }
+    print!("{table}");
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn recover(config: &Config, json: bool) -> Result<ExitCode, Error> {
+    let mut tell = |event: Event| {
+        if !json {
+            Progress::new(false).observe(event);
+        }
+    };
+    let recovered = migration::recover(config, &mut tell).await?;
+    let clean = recovered
+        .iter()
+        .all(|migration| migration.leftovers.is_empty());
+    if json {
+        print_json(&recovered);
+    } else if recovered.is_empty() {
+        println!("nothing was interrupted on this host");
+    }
+    if !json {
+        for migration in &recovered {
+            let done = if migration.finished {
+                "finished"
+            } else {
+                "undone: its container runs here"
+            };
+            println!("migration {} was {done}", migration.migration);
+            for leftover in &migration.leftovers {
+                println!("still there: {leftover}");
+            }
+        }
+    }
+    Ok(if clean {
+        ExitCode::SUCCESS
+    } else {
+        exit::leftovers()
+    })
+}

@@ -1,0 +1,170 @@
+//! How a migration looks while it runs: a display that moves on a terminal, plain lines elsewhere,
+//! one JSON object a line for programs.
+
+use std::io::IsTerminal;
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use livemig::migration::{Cargo, Event, Observer};
+use livemig::{Error, Report};
+
+/// Renders the events of one migration.
+pub enum Progress {
+    /// On a terminal: a line that is written over.
+    Terminal { bar: ProgressBar },
+    /// Into a file or a pipe: a line an event.
+    Lines { last: Instant },
+    /// For a program: an object a line.
+    Json,
+}
+
+impl Progress {
+    /// The way that suits where the output goes.
+    pub fn new(json: bool) -> Progress {
+        if json {
+            Progress::Json
+        } else if std::io::stderr().is_terminal() {
+            let bar = ProgressBar::new_spinner();
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(std::time::Duration::from_millis(100));
+            Progress::Terminal { bar }
+        } else {
+            Progress::Lines {
+                last: Instant::now(),
+            }
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match self {
+            Progress::Terminal { bar } => bar.println(text),
+            Progress::Lines { .. } | Progress::Json => eprintln!("{text}"),
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn observe(&mut self, event: Event) {
+        if matches!(self, Progress::Json) {
+            if let Ok(line) = serde_json::to_string(&event) {
+                println!("{line}");
+            }
+            return;
+        }
+        match event {
+            Event::Started { phase } => {
+                if let Progress::Terminal { bar } = self {
+                    bar.set_message(format!("{phase} …"));
+                }
+            }
+            Event::Finished { phase, took } => {
+                self.line(&format!(
+                    "{phase:<10} {:>10.1} ms",
+                    took.as_secs_f64() * 1e3
+                ));
+            }
+            Event::Sent { what, bytes, total } => {
+                let what = match what {
+                    Cargo::Image => "image",
+                    Cargo::Container => "container",
+                };
+                let text = match total {
+                    Some(total) => {
+                        format!("sending the {what}: {} of {}", Bytes(bytes), Bytes(total))
+                    }
+                    None => format!("sending the {what}: {}", Bytes(bytes)),
+                };
+                match self {
+                    Progress::Terminal { bar } => bar.set_message(text),
+                    // A line a second is enough for a log.
+                    Progress::Lines { last } if last.elapsed().as_secs() >= 1 => {
+                        *last = Instant::now();
+                        eprintln!("{text}");
+                    }
+                    _ => {}
+                }
+            }
+            Event::Warning { finding } => {
+                self.line(&format!("warning: {} ({})", finding.what, finding.code))
+            }
+            Event::RollingBack { cause } => {
+                self.line(&format!("undoing everything, because: {cause}"))
+            }
+            Event::Undone {
+                effect,
+                failure: Some(failure),
+            } => self.line(&format!("cannot undo: {effect}: {failure}")),
+            Event::Undone {
+                effect,
+                failure: None,
+            } => self.line(&format!("undone: {effect}")),
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Progress::Terminal { bar } = self {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A number of bytes for people, in powers of 1024.
+pub struct Bytes(pub u64);
+
+impl std::fmt::Display for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+        let mut value = self.0 as f64;
+        let mut unit = 0;
+        while value >= 1024.0 && unit + 1 < UNITS.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        if unit == 0 {
+            write!(f, "{} B", self.0)
+        } else {
+            write!(f, "{value:.1} {}", UNITS[unit])
+        }
+    }
+}
+
+/// Says in a few lines what came of it.
+pub fn summary(report: &Report) {
+    println!(
+        "{} runs on {} now: {:.0} ms without service, {} flows kept, {} sent, {:.1} s in all",
+        report.name,
+        report.destination,
+        report.downtime.as_secs_f64() * 1e3,
+        report.flows.len(),
+        Bytes(report.bytes_sent),
+        report.total.as_secs_f64(),
+    );
+    for leftover in &report.leftovers {
+        println!("could not be tidied here: {leftover}");
+    }
+}
+
+/// Says what went wrong, and what to do about it.
+pub fn complain(error: &Error, json: bool) {
+    if json {
+        let report = serde_json::json!({
+            "error": error.full(),
+            "hint": error.hint(),
+            "findings": match error {
+                Error::Refused { findings, .. } => serde_json::to_value(findings).unwrap_or_default(),
+                _ => serde_json::Value::Null,
+            },
+        });
+        println!("{report}");
+        return;
+    }
+    eprintln!("livemig: {}", error.full());
+    if let Some(hint) = error.hint() {
+        eprintln!("  → {hint}");
+    }
+}

@@ -1,0 +1,100 @@
+//! Where livemig keeps its things on a host, and the bounds it works within.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::tunnel;
+
+/// Paths and bounds of livemig on this host.
+///
+/// The default is what an ordinary rootful Podman on a distribution needs; a test or an unusual host
+/// changes single fields.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Podman's API socket.
+    pub podman_socket: PathBuf,
+    /// What outlives a reboot: this host's key, its peers, open invitations, the journal.
+    pub state_dir: PathBuf,
+    /// What a reboot makes meaningless: hops, locks, files on their way.
+    pub run_dir: PathBuf,
+    /// The `livemig` program, which hosts userspace tunnel devices in processes of their own.
+    pub program: PathBuf,
+    /// First UDP port tried for a tunnel; the next free one above it is taken.
+    pub tunnel_port: u16,
+    /// How many packets may wait in the kernel during one migration. Above it the newest are dropped.
+    pub hold_packets: u32,
+    /// How long the destination may take to say that the container runs, from the moment it has
+    /// everything.
+    pub restore_timeout: Duration,
+    /// How long freezing the container's processes may take.
+    pub freeze_timeout: Duration,
+    /// How long the first handshake of a tunnel may take.
+    pub handshake_timeout: Duration,
+}
+
+impl Config {
+    /// How tunnels are made on this host.
+    pub(crate) fn tunnel_settings(&self) -> tunnel::Settings {
+        tunnel::Settings {
+            first_port: self.tunnel_port,
+            ..tunnel::Settings::new(self.run_dir.join("hops"), &self.program)
+        }
+    }
+
+    /// Where the journals of migrations from this host lie.
+    pub fn outgoing_dir(&self) -> PathBuf {
+        self.state_dir.join("journal/outgoing")
+    }
+
+    /// Where the journals of migrations to this host lie.
+    pub fn incoming_dir(&self) -> PathBuf {
+        self.state_dir.join("journal/incoming")
+    }
+
+    /// Where the locks lie that keep two migrations off one container.
+    pub fn lock_dir(&self) -> PathBuf {
+        self.run_dir.join("locks")
+    }
+
+    /// Where files wait on their way to the other host. Memory-backed, as `/run` is.
+    pub fn staging_dir(&self) -> PathBuf {
+        self.run_dir.join("staging")
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            podman_socket: "/run/podman/podman.sock".into(),
+            state_dir: "/var/lib/livemig".into(),
+            run_dir: "/run/livemig".into(),
+            program: program(),
+            tunnel_port: tunnel::Settings::FIRST_PORT,
+            hold_packets: 65_536,
+            restore_timeout: Duration::from_secs(300),
+            freeze_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// This very program if it is `livemig`, else the one beside it, else the one in the usual places.
+fn program() -> PathBuf {
+    const INSTALLED: [&str; 3] = [
+        "/usr/local/bin/livemig",
+        "/usr/bin/livemig",
+        "/root/.cargo/bin/livemig",
+    ];
+    let this = std::env::current_exe().ok();
+    if let Some(this) = &this {
+        if this.file_name().is_some_and(|name| name == "livemig") {
+            return this.clone();
+        }
+        let beside = this.with_file_name("livemig");
+        if beside.is_file() {
+            return beside;
+        }
+    }
+    let installed = INSTALLED.iter().map(Path::new).find(|path| path.is_file());
+    installed.unwrap_or(Path::new(INSTALLED[0])).to_owned()
+}

@@ -1,0 +1,274 @@
+//! The one error of the library's front door, and what may be done about it.
+
+use std::path::PathBuf;
+
+use crate::criu::{Finding, Severity};
+use crate::migration::{JournalError, Leftover, Phase};
+use crate::{agent, bundle, conntrack, criu, netlink, podman, tunnel};
+
+/// What a library call returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something did not come about.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Everything livemig does, from freezing to routing, is root's.
+    #[error("livemig has to run as root")]
+    NotRoot,
+    /// A host that joined this one never said where its own agent is.
+    #[error("the address of {0} is not known here")]
+    NoAddress(agent::PeerName),
+    /// There is no Podman to talk to.
+    #[error("Podman's API socket {} is not there", .0.display())]
+    NoPodman(PathBuf),
+    /// A check found a reason not to begin.
+    #[error("`{container}` cannot move to {destination}: {}", reasons(findings))]
+    Refused {
+        /// The container.
+        container: String,
+        /// Where it was to go.
+        destination: String,
+        /// Everything that was found, warnings included.
+        findings: Vec<Finding>,
+    },
+    /// Somebody else is moving that container.
+    #[error("`{container}` is being migrated already, by {holder}")]
+    Busy {
+        /// The container.
+        container: String,
+        /// Who holds the lock.
+        holder: String,
+    },
+    /// Whoever called wanted it to stop.
+    #[error("interrupted in phase {0}")]
+    Interrupted(Phase),
+    /// The rehearsal went as far as it was asked to.
+    #[error("rehearsed up to the end of phase {0}")]
+    Rehearsed(Phase),
+    /// A step failed, and what came before it was undone.
+    #[error("{}; {}", with_sources(cause.as_ref()), aftermath(leftovers))]
+    RolledBack {
+        /// Which step failed, and why.
+        phase: Phase,
+        /// The first thing that went wrong.
+        cause: Box<Error>,
+        /// What could not be undone.
+        leftovers: Vec<Leftover>,
+    },
+    /// The destination does not say whether it runs the container.
+    #[error(
+        "{}; {destination} does not say whether it runs the container, so it stays frozen here: \
+         it must never run twice", with_sources(cause.as_ref())
+    )]
+    InDoubt {
+        /// The first thing that went wrong.
+        cause: Box<Error>,
+        /// The host that does not answer.
+        destination: String,
+    },
+    /// The container could not be saved, for a reason that only CRIU's log tells.
+    #[error("{source}; CRIU says: {reason}")]
+    Dump {
+        /// What Podman says.
+        source: podman::Error,
+        /// The last errors in CRIU's log.
+        reason: String,
+    },
+    /// The container could not be restored, for a reason that only CRIU's log tells.
+    #[error("{source}; CRIU says: {reason}")]
+    Restore {
+        /// What Podman says.
+        source: podman::Error,
+        /// The last errors in CRIU's log.
+        reason: String,
+    },
+    /// A copy of the container could not be removed.
+    #[error("container {container} is still here: {reasons}")]
+    StillThere {
+        /// Which one.
+        container: podman::ContainerId,
+        /// Why.
+        reasons: String,
+    },
+    /// The destination could not remove all that it had made.
+    #[error("left behind on {peer}: {leftovers}")]
+    DestinationLeftovers {
+        /// Its name.
+        peer: String,
+        /// What is left there.
+        leftovers: String,
+    },
+    /// A phase was run without what an earlier one has to leave it.
+    #[error("the {0} is missing: phases ran out of order")]
+    OutOfOrder(&'static str),
+    /// The system gives no random bytes.
+    #[error("no random number to be had: {0}")]
+    Random(getrandom::Error),
+    /// A file or directory of livemig's own.
+    #[error("cannot {doing} {}: {source}", path.display())]
+    File {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Podman.
+    #[error(transparent)]
+    Podman(#[from] podman::Error),
+    /// CRIU, or the freezer.
+    #[error(transparent)]
+    Criu(#[from] criu::Error),
+    /// The files and the stream of the container.
+    #[error(transparent)]
+    Bundle(#[from] bundle::Error),
+    /// The tunnel.
+    #[error(transparent)]
+    Tunnel(#[from] tunnel::Error),
+    /// The flows.
+    #[error(transparent)]
+    Conntrack(#[from] conntrack::Error),
+    /// The kernel's netlink.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    /// The other host, or the trust in it.
+    #[error(transparent)]
+    Agent(#[from] agent::Error),
+}
+
+/// What an error means for the container and for whoever called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Not foreseen. Nothing had been changed.
+    Unexpected,
+    /// The call makes no sense.
+    Usage,
+    /// A check said no; nothing was changed.
+    Refused,
+    /// The other host does not answer or does not trust this one; nothing was changed.
+    Unreachable,
+    /// It failed on the way, and everything was undone.
+    RolledBack,
+    /// It failed on the way, and something could not be undone.
+    Leftovers,
+    /// It is not known which host runs the container.
+    InDoubt,
+    /// It was told to stop, and everything was undone.
+    Interrupted,
+}
+
+impl Error {
+    /// What this means for the container and for whoever called.
+    pub fn class(&self) -> Class {
+        match self {
+            Error::NotRoot
+            | Error::NoPodman(_)
+            | Error::NoAddress(_)
+            | Error::Refused { .. }
+            | Error::Busy { .. } => Class::Refused,
+            Error::Podman(error) if error.is_not_found() => Class::Refused,
+            Error::Agent(agent::Error::UnknownPeer { .. } | agent::Error::BadName { .. }) => {
+                Class::Refused
+            }
+            Error::Agent(_) => Class::Unreachable,
+            Error::Interrupted(_) | Error::Rehearsed(_) => Class::Interrupted,
+            Error::RolledBack { leftovers, .. } if !leftovers.is_empty() => Class::Leftovers,
+            Error::RolledBack { cause, .. } if matches!(**cause, Error::Interrupted(_)) => {
+                Class::Interrupted
+            }
+            Error::RolledBack { .. } => Class::RolledBack,
+            Error::InDoubt { .. } => Class::InDoubt,
+            _ => Class::Unexpected,
+        }
+    }
+
+    /// What to do next, where there is something to do.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::NotRoot => Some("run it again with sudo".to_owned()),
+            Error::NoAddress(name) => Some(format!(
+                "run `livemig invite` on {name} and `livemig join TOKEN` here"
+            )),
+            Error::NoPodman(_) => Some("start it: systemctl enable --now podman.socket".to_owned()),
+            Error::Refused { findings, .. } => {
+                let next: Vec<&str> = refusals(findings)
+                    .map(|finding| finding.next.as_str())
+                    .collect();
+                (!next.is_empty()).then(|| next.join("; "))
+            }
+            Error::Busy { .. } => Some("wait for it to end, or stop that process".to_owned()),
+            Error::RolledBack { cause, .. } => cause.hint(),
+            Error::InDoubt { destination, .. } => Some(format!(
+                "see to it that {destination} answers, then run `livemig recover` here"
+            )),
+            Error::Podman(error) => error.hint(),
+            Error::Dump { .. } | Error::Restore { .. } => None,
+            Error::Criu(error) => error.hint(),
+            Error::Bundle(error) => error.hint(),
+            Error::Tunnel(error) => error.hint(),
+            Error::Conntrack(error) => error.hint(),
+            Error::Netlink(error) => error.hint(),
+            Error::Agent(error) => error.hint(),
+            _ => None,
+        }
+    }
+
+    /// The error with all that it was caused by, in one line.
+    pub fn full(&self) -> String {
+        with_sources(self)
+    }
+
+    pub(crate) fn file(
+        doing: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::File {
+            doing,
+            path,
+            source,
+        }
+    }
+}
+
+fn refusals(findings: &[Finding]) -> impl Iterator<Item = &Finding> {
+    findings
+        .iter()
+        .filter(|finding| finding.severity == Severity::Refuse)
+}
+
+fn reasons(findings: &[Finding]) -> String {
+    let reasons: Vec<&str> = refusals(findings)
+        .map(|finding| finding.what.as_str())
+        .collect();
+    reasons.join("; ")
+}
+
+/// An error with all that it was caused by, in one line.
+pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some errors say their cause themselves.
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn aftermath(leftovers: &[Leftover]) -> String {
+    if leftovers.is_empty() {
+        return "everything was undone, and the container runs on here".to_owned();
+    }
+    let list: Vec<String> = leftovers.iter().map(ToString::to_string).collect();
+    format!("what could not be undone: {}", list.join("; "))
+}

@@ -1,0 +1,110 @@
+//! The source forgets the container. From the first line on there is no way back.
+
+use std::time::Duration;
+
+use hyper::Method;
+
+use super::undo::{blocking, leave_hop};
+use super::{Effect, Leftover, Migration};
+use crate::Result;
+use crate::agent::protocol::Nothing;
+use crate::netlink::{Namespace, links};
+use crate::podman::{Client, Container, RemoveOptions};
+
+pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
+    let container = migration.preflight.container.clone();
+    let keep_volumes = migration.request.keep_volumes;
+    migration.journal.will([Effect::Forget {
+        container: container.id.clone(),
+        keep_volumes,
+    }])?;
+    migration.journal.commit()?;
+
+    let path = format!("/v1/migrations/{}/commit", migration.id);
+    let told = migration
+        .connection
+        .call(Method::POST, &path, &Nothing {})
+        .await;
+    migration.note(
+        "telling the destination that it is over",
+        told.map(|Nothing {}| ()).map_err(Into::into),
+    );
+    for (what, result) in forget(&migration.hands.podman, &container, keep_volumes).await {
+        migration.note(what, result);
+    }
+    // A hop that no connection needs would only be in the way.
+    if migration.flows.is_empty() {
+        let left = leave_hop(&migration.request.config, migration.id.as_str()).await;
+        migration.note("the tunnel, which no connection uses", left);
+    }
+    if migration.leftovers.is_empty() {
+        let closed = migration.journal.close();
+        migration.note("the journal", closed.map_err(Into::into));
+    }
+    Ok(())
+}
+
+impl Migration<'_> {
+    /// Past the point of no return nothing fails; what did not work is reported.
+    fn note(&mut self, what: &str, result: Result<()>) {
+        if let Err(error) = result {
+            tracing::warn!(what, %error, "could not be tidied");
+            self.leftovers.push(Leftover {
+                effect: what.to_owned(),
+                failure: error.full(),
+            });
+        }
+    }
+}
+
+/// Removes a container that runs elsewhere now, so that no peer notices.
+pub(super) async fn forget(
+    podman: &Client,
+    container: &Container,
+    keep_volumes: bool,
+) -> Vec<(&'static str, Result<()>)> {
+    let fenced = fence(container).await;
+    // Unfenced, the dying container would reset the connections of the living one.
+    if fenced.is_err() {
+        return vec![("cutting the old container off the network", fenced)];
+    }
+    let options = RemoveOptions {
+        force: true,
+        timeout: Some(Duration::ZERO),
+        volumes: !keep_volumes,
+    };
+    let removed = podman.remove(&container.id, options).await;
+    let mut done = vec![(
+        "removing the old container",
+        removed.map(|_| ()).map_err(Into::into),
+    )];
+    if !keep_volumes {
+        for volume in container.volumes() {
+            done.push((
+                "removing a volume that moved",
+                remove_volume(podman, volume).await,
+            ));
+        }
+    }
+    done
+}
+
+/// A volume that another container uses stays.
+async fn remove_volume(podman: &Client, name: &str) -> Result<()> {
+    match podman.remove_volume(name).await {
+        Err(error) if error.is_in_use() => Ok(()),
+        other => Ok(other.map(|_| ())?),
+    }
+}
+
+/// Takes the interfaces of the old container down, so that its sockets die unheard.
+///
+/// They were alive all the time, only their processes were frozen: killed, they would send FIN or RST
+/// to peers that talk to the new container by now.
+async fn fence(container: &Container) -> Result<()> {
+    let Some(namespace) = container.pid.and_then(|pid| Namespace::of_pid(pid).ok()) else {
+        // The processes are gone already, and their namespace with them.
+        return Ok(());
+    };
+    Ok(blocking(move || links::down(&namespace)).await?)
+}

@@ -1,0 +1,129 @@
+//! What a migration changes on a host, as values, and how each is undone.
+//!
+//! An effect holds all that is needed to undo it from nothing: after a crash there is only the
+//! journal. Undoing is idempotent, and undoing what was never done is no error.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::agent::protocol::MigrationId;
+use crate::conntrack::hold::HoldSpec;
+use crate::criu::Freezer;
+use crate::podman::{ContainerId, ImageId};
+use crate::tunnel::HopId;
+
+/// What the destination was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Asked {
+    /// To make itself ready. If it hears nothing more it tidies up by itself.
+    Prepare,
+    /// To restore the container: from here on only its own word says that it does not run there.
+    Restore,
+}
+
+/// One change to a host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Effect {
+    /// A share in the hop to another host; the last share gone, the hop goes.
+    Hop {
+        /// Whose share.
+        user: String,
+    },
+    /// The destination was asked for something. Undone by telling it to give up what it has.
+    Destination {
+        /// Its name here.
+        peer: String,
+        /// Which migration.
+        migration: MigrationId,
+        /// For what.
+        asked: Asked,
+    },
+    /// Packets wait in the kernel.
+    Hold {
+        /// Which ones, and how.
+        spec: HoldSpec,
+    },
+    /// The container's processes stand still.
+    Frozen {
+        /// Their cgroup.
+        freezer: Freezer,
+    },
+    /// The container's flows are pointed at a hop.
+    Steered {
+        /// The container's addresses.
+        addresses: Vec<IpAddr>,
+        /// The hop.
+        hop: HopId,
+    },
+    /// The container is gone from here for good. Never undone: it is done only past the point of no
+    /// return, and after a crash it is done again.
+    Forget {
+        /// Its ID.
+        container: ContainerId,
+        /// Whether its volumes stay.
+        keep_volumes: bool,
+    },
+    /// A network made for the container.
+    Network {
+        /// Its name.
+        name: String,
+    },
+    /// An image brought along.
+    Image {
+        /// Its ID.
+        id: ImageId,
+    },
+    /// Flows of a container that is about to arrive.
+    Flows {
+        /// The container's addresses.
+        addresses: Vec<IpAddr>,
+        /// The hop they come through.
+        hop: HopId,
+    },
+    /// The container itself, restored here, with the volumes that came along.
+    Restored {
+        /// Its ID.
+        container: ContainerId,
+        /// Named volumes that were not here before.
+        volumes: Vec<String>,
+    },
+}
+
+impl Effect {
+    /// The container that this may have brought here.
+    pub(crate) fn restored(&self) -> Option<&ContainerId> {
+        match self {
+            Effect::Restored { container, .. } => Some(container),
+            _ => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Effect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Effect::Hop { .. } => write!(f, "the tunnel, its routes and rules"),
+            Effect::Destination { peer, .. } => write!(f, "what {peer} has prepared or restored"),
+            Effect::Hold { .. } => write!(f, "packets waiting in the kernel"),
+            Effect::Frozen { .. } => write!(f, "frozen processes"),
+            Effect::Steered { hop, .. } => write!(f, "flows steered into {}", hop.interface()),
+            Effect::Forget { container, .. } => write!(f, "the old container {container}"),
+            Effect::Network { name } => write!(f, "network {name}"),
+            Effect::Image { id } => write!(f, "image {id}"),
+            Effect::Flows { .. } => write!(f, "flows inserted for the container"),
+            Effect::Restored { container, volumes } if volumes.is_empty() => {
+                write!(f, "container {container}")
+            }
+            Effect::Restored { container, volumes } => {
+                write!(
+                    f,
+                    "container {container} and volumes {}",
+                    volumes.join(", ")
+                )
+            }
+        }
+    }
+}

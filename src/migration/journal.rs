@@ -1,0 +1,242 @@
+//! What a migration has changed on this host, on disk before it is changed.
+//!
+//! A journal is a file of JSON lines, one per [`Effect`]. A line is written and synced *before* its
+//! effect, so that after a crash between any two lines of code the file names at least all that there
+//! is to undo; undoing is idempotent, so naming one thing too many does no harm.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::effect::Effect;
+use crate::agent::protocol::MigrationId;
+
+/// More than this is no journal of ours. A migration of a hundred thousand flows needs a third.
+const LARGEST: u64 = 64 << 20;
+
+/// A journal could not be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The file system said no.
+    #[error("cannot {doing} the journal {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A line in the middle is not a journal's.
+    #[error("the journal {} is damaged in line {line}: {source}", path.display())]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// Which line, counted from 1.
+        line: usize,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+}
+
+/// The state that a journal speaks of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "line", rename_all = "kebab-case")]
+enum Line {
+    /// About to be done.
+    Will { effect: Effect },
+    /// From here on the migration is only ever finished, never undone.
+    Committed,
+}
+
+/// An open journal.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    effects: Vec<Effect>,
+    committed: bool,
+}
+
+impl Journal {
+    /// Begins the journal of a migration.
+    ///
+    /// # Errors
+    /// When the directory or the file cannot be made, or the file is there already.
+    pub fn create(dir: &Path, migration: &MigrationId) -> Result<Journal, JournalError> {
+        let path = dir.join(format!("{migration}.jsonl"));
+        let io = |doing| {
+            let path = path.clone();
+            move |source| JournalError::Io {
+                doing,
+                path,
+                source,
+            }
+        };
+        std::fs::create_dir_all(dir).map_err(io("make the directory of"))?;
+        let file = OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io("begin"))?;
+        // The name itself has to survive a power cut, not only what is in the file.
+        File::open(dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(io("sync the directory of"))?;
+        Ok(Journal {
+            path,
+            file,
+            effects: Vec::new(),
+            committed: false,
+        })
+    }
+
+    /// Reads a journal that was left behind, to finish or unwind it.
+    ///
+    /// A last line that a crash cut short is ignored: its effect had not begun.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is not a journal.
+    pub fn open(path: &Path) -> Result<Journal, JournalError> {
+        let io = |doing| {
+            move |source| JournalError::Io {
+                doing,
+                path: path.to_owned(),
+                source,
+            }
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .open(path)
+            .map_err(io("open"))?;
+        let mut effects = Vec::new();
+        let mut committed = false;
+        let mut lines = BufReader::new((&file).take(LARGEST))
+            .lines()
+            .enumerate()
+            .peekable();
+        while let Some((index, line)) = lines.next() {
+            let line = line.map_err(io("read"))?;
+            match serde_json::from_str(&line) {
+                Ok(Line::Will { effect }) => effects.push(effect),
+                Ok(Line::Committed) => committed = true,
+                Err(_) if lines.peek().is_none() => break,
+                Err(source) => {
+                    return Err(JournalError::Damaged {
+                        path: path.to_owned(),
+                        line: index + 1,
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(Journal {
+            path: path.to_owned(),
+            file,
+            effects,
+            committed,
+        })
+    }
+
+    /// Writes down what is about to be done, all of it with one sync.
+    ///
+    /// # Errors
+    /// When it cannot be written; then the effects must not be begun.
+    pub fn will(&mut self, effects: impl IntoIterator<Item = Effect>) -> Result<(), JournalError> {
+        let effects: Vec<Effect> = effects.into_iter().collect();
+        let lines: Vec<Line> = effects
+            .iter()
+            .cloned()
+            .map(|effect| Line::Will { effect })
+            .collect();
+        self.append(&lines)?;
+        self.effects.extend(effects);
+        Ok(())
+    }
+
+    /// Writes down that there is no way back.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn commit(&mut self) -> Result<(), JournalError> {
+        self.append(&[Line::Committed])?;
+        self.committed = true;
+        Ok(())
+    }
+
+    /// Whether there is no way back.
+    pub fn committed(&self) -> bool {
+        self.committed
+    }
+
+    /// What was done, or was about to be, in that order.
+    pub fn effects(&self) -> &[Effect] {
+        &self.effects
+    }
+
+    /// Ends a journal that nothing needs any more.
+    ///
+    /// # Errors
+    /// When the file cannot be removed.
+    pub fn close(&self) -> Result<(), JournalError> {
+        match std::fs::remove_file(&self.path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(JournalError::Io {
+                doing: "remove",
+                path: self.path.clone(),
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn append(&mut self, lines: &[Line]) -> Result<(), JournalError> {
+        let io = |doing| {
+            let path = self.path.clone();
+            move |source| JournalError::Io {
+                doing,
+                path,
+                source,
+            }
+        };
+        let mut text = Vec::new();
+        for line in lines {
+            serde_json::to_writer(&mut text, line).map_err(|source| io("write")(source.into()))?;
+            text.push(b'\n');
+        }
+        self.file.write_all(&text).map_err(io("write"))?;
+        self.file.sync_data().map_err(io("sync"))
+    }
+}
+
+/// The journals that lie in a directory, oldest first.
+///
+/// # Errors
+/// When the directory cannot be read; one that is not there has none.
+pub fn left_behind(dir: &Path) -> Result<Vec<PathBuf>, JournalError> {
+    let io = |source| JournalError::Io {
+        doing: "look for",
+        path: dir.to_owned(),
+        source,
+    };
+    let entries = match std::fs::read_dir(dir) {
+        Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(io)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(io)?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "jsonl")
+        {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}

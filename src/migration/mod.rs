@@ -1,0 +1,264 @@
+//! The migration, as the list of its phases.
+//!
+//! [`migrate`] runs them in order. Each is a file of its own here, and each writes into the journal
+//! what it is about to change before it does. When one fails, the journal is walked backwards, and the
+//! container goes on at the source as if nothing had been. Past [`Phase::Commit`] there is no way
+//! back: the destination runs the container, and what is left to do here is retried, then reported.
+
+mod check;
+mod commit;
+mod effect;
+mod event;
+mod freeze;
+mod hold;
+mod journal;
+mod lock;
+mod plan;
+mod precopy;
+mod preflight;
+mod prepare;
+mod recover;
+mod report;
+mod request;
+mod restore;
+mod steer;
+mod transfer;
+mod undo;
+
+use std::time::{Duration, Instant};
+
+pub(crate) use check::{at_destination, refuse};
+pub use effect::{Asked, Effect};
+pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
+pub use journal::{Journal, JournalError, left_behind};
+pub use plan::{Plan, plan};
+pub(crate) use preflight::podman;
+pub use preflight::{Preflight, check, must_be_root};
+pub(crate) use prepare::{mtu, tunnels};
+pub use recover::{Recovered, recover};
+pub use report::{Leftover, PhaseTime, Report};
+pub use request::Request;
+pub(crate) use undo::{Hands, unwind};
+
+use crate::agent::protocol::MigrationId;
+use crate::agent::{Connection, Peer};
+use crate::conntrack::Flow;
+use crate::conntrack::hold::HoldReport;
+use crate::criu::{DumpStats, Freezer};
+use crate::tunnel::HopId;
+use crate::{Error, Result};
+use lock::Lock;
+
+/// Moves a container to another host.
+///
+/// # Errors
+/// Before anything was changed: whatever the preflight found, as [`Error::Refused`] and others of
+/// [`Class::Refused`](crate::Class::Refused). Later: [`Error::RolledBack`], with the container running
+/// at the source, or [`Error::InDoubt`], with the container frozen at the source because the
+/// destination does not say whether it runs there.
+pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<Report> {
+    let mut clock = Clock::start(observer);
+    clock.enter(Phase::Preflight);
+    let ready = preflight::ready(request, &mut clock).await?;
+    clock.leave();
+    let mut migration = Migration::begin(request, ready, clock)?;
+    match migration.forward().await {
+        Ok(()) => Ok(migration.report()),
+        Err(cause) => Err(migration.roll_back(cause).await),
+    }
+}
+
+/// A migration under way: what one phase finds out and a later one needs.
+struct Migration<'a> {
+    request: &'a Request,
+    id: MigrationId,
+    clock: Clock<'a>,
+    preflight: Preflight,
+    peer: Peer,
+    connection: Connection,
+    journal: Journal,
+    hands: Hands,
+    _lock: Lock,
+    hop: Option<HopId>,
+    freezer: Option<Freezer>,
+    frozen: Option<freeze::Frozen>,
+    flows: Vec<Flow>,
+    stream: Option<transfer::Stream>,
+    held_since: Option<Instant>,
+    downtime: Duration,
+    held: HoldReport,
+    dump: Option<DumpStats>,
+    bytes_sent: u64,
+    bytes_frozen: u64,
+    leftovers: Vec<Leftover>,
+}
+
+impl<'a> Migration<'a> {
+    fn begin(
+        request: &'a Request,
+        ready: preflight::Ready,
+        clock: Clock<'a>,
+    ) -> Result<Migration<'a>> {
+        let preflight::Ready {
+            preflight,
+            peer,
+            connection,
+            podman,
+            lock,
+        } = ready;
+        let id = MigrationId::random().map_err(|source| Error::Random(source))?;
+        let journal = Journal::create(&request.config.outgoing_dir(), &id)?;
+        Ok(Migration {
+            request,
+            id,
+            clock,
+            preflight,
+            peer,
+            connection,
+            journal,
+            hands: Hands::new(request.config.clone(), podman),
+            _lock: lock,
+            hop: None,
+            freezer: None,
+            frozen: None,
+            flows: Vec::new(),
+            stream: None,
+            held_since: None,
+            downtime: Duration::ZERO,
+            held: HoldReport::default(),
+            dump: None,
+            bytes_sent: 0,
+            bytes_frozen: 0,
+            leftovers: Vec::new(),
+        })
+    }
+
+    /// The phases, in order.
+    async fn forward(&mut self) -> Result<()> {
+        for phase in Phase::ALL {
+            if phase == Phase::Preflight {
+                continue;
+            }
+            self.may_go_on(phase)?;
+            self.clock.enter(phase);
+            match phase {
+                Phase::Preflight => {}
+                Phase::Prepare => prepare::prepare(self).await?,
+                Phase::Precopy => precopy::precopy(self).await?,
+                Phase::Hold => hold::hold(self).await?,
+                Phase::Freeze => freeze::freeze(self).await?,
+                Phase::Transfer => transfer::transfer(self).await?,
+                Phase::Restore => restore::restore(self).await?,
+                Phase::Steer => steer::steer(self).await?,
+                Phase::Commit => commit::commit(self).await?,
+            }
+            self.clock.leave();
+        }
+        Ok(())
+    }
+
+    /// The hop to the destination.
+    fn hop(&self) -> Result<HopId> {
+        self.hop.ok_or(Error::OutOfOrder("hop"))
+    }
+
+    /// Whether somebody wants it to end before `next` begins.
+    fn may_go_on(&self, next: Phase) -> Result<()> {
+        if self.request.cancel.is_cancelled() {
+            return Err(Error::Interrupted(self.clock.phase()));
+        }
+        match self.request.rehearse {
+            Some(last) if last < next => Err(Error::Rehearsed(last)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Undoes everything, newest first, and says what came of it.
+    async fn roll_back(mut self, cause: Error) -> Error {
+        let phase = self.clock.phase();
+        self.clock.observer.observe(Event::RollingBack {
+            cause: cause.to_string(),
+        });
+        let outcome = undo::unwind(&mut self.hands, &self.journal, self.clock.observer).await;
+        match outcome {
+            Ok(leftovers) => {
+                let mut leftovers = leftovers;
+                if leftovers.is_empty() {
+                    if let Err(error) = self.journal.close() {
+                        leftovers.push(Leftover {
+                            effect: "the journal".to_owned(),
+                            failure: error.to_string(),
+                        });
+                    }
+                }
+                Error::RolledBack {
+                    phase,
+                    cause: Box::new(cause),
+                    leftovers,
+                }
+            }
+            Err(destination) => Error::InDoubt {
+                cause: Box::new(cause),
+                destination,
+            },
+        }
+    }
+
+    fn report(self) -> Report {
+        let container = &self.preflight.container;
+        Report {
+            migration: self.id,
+            container: container.id.clone(),
+            name: container.name.clone(),
+            destination: self.request.to.clone(),
+            downtime: self.downtime,
+            total: self.clock.started.elapsed(),
+            phases: self.clock.times,
+            bytes_sent: self.bytes_sent,
+            bytes_frozen: self.bytes_frozen,
+            flows: self.flows,
+            held: self.held,
+            dump: self.dump,
+            warnings: self.preflight.findings,
+            leftovers: self.leftovers,
+        }
+    }
+}
+
+/// Tells the observer where the migration is, and keeps the times for the report.
+struct Clock<'a> {
+    observer: &'a mut dyn Observer,
+    started: Instant,
+    current: (Phase, Instant),
+    times: Vec<PhaseTime>,
+}
+
+impl<'a> Clock<'a> {
+    fn start(observer: &'a mut dyn Observer) -> Clock<'a> {
+        let now = Instant::now();
+        Clock {
+            observer,
+            started: now,
+            current: (Phase::Preflight, now),
+            times: Vec::new(),
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        self.current.0
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        tracing::debug!(%phase, "begins");
+        self.observer.observe(Event::Started { phase });
+        self.current = (phase, Instant::now());
+    }
+
+    fn leave(&mut self) {
+        let (phase, since) = self.current;
+        let took = since.elapsed();
+        tracing::debug!(%phase, ?took, "has ended");
+        self.times.push(PhaseTime { name: phase, took });
+        self.observer.observe(Event::Finished { phase, took });
+    }
+}

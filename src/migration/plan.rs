@@ -1,0 +1,158 @@
+//! A dry run: every change that a migration would make, on which host, and how it would be undone.
+
+use serde::Serialize;
+
+use super::event::Phase;
+use super::preflight::{self, Preflight};
+use super::request::Request;
+use crate::Result;
+use crate::podman::Mount;
+
+/// What a migration would do.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// What was seen of both hosts.
+    pub preflight: Preflight,
+    /// Every change, in order.
+    pub steps: Vec<Step>,
+}
+
+/// One change.
+#[derive(Debug, Clone, Serialize)]
+pub struct Step {
+    /// When.
+    pub phase: Phase,
+    /// Where.
+    pub host: String,
+    /// What.
+    pub change: String,
+    /// How it is undone if a later step fails; nothing past the point of no return.
+    pub undo: Option<String>,
+}
+
+/// Looks at both hosts and says what a migration would do. Changes nothing.
+///
+/// # Errors
+/// As [`check`](super::check).
+pub async fn plan(request: &Request) -> Result<Plan> {
+    let preflight = preflight::check(request).await?;
+    let steps = steps(&preflight, request);
+    Ok(Plan { preflight, steps })
+}
+
+fn steps(preflight: &Preflight, request: &Request) -> Vec<Step> {
+    let container = &preflight.container;
+    let mut steps = Vec::new();
+    let mut add = |phase, host: &str, change: String, undo: Option<&str>| {
+        steps.push(Step {
+            phase,
+            host: host.to_owned(),
+            change,
+            undo: undo.map(str::to_owned),
+        });
+    };
+    let here = "this host";
+    let there = request.to.as_str();
+
+    for host in [here, there] {
+        let undo = Some("remove them, unless another migration uses the tunnel");
+        add(
+            Phase::Prepare,
+            host,
+            format!(
+                "tunnel to {}, its routing table and rules",
+                if host == here { there } else { here }
+            ),
+            undo,
+        );
+    }
+    for network in &preflight.assessment.networks_to_make {
+        add(
+            Phase::Prepare,
+            there,
+            format!("network {network}, as it is here"),
+            Some("remove it"),
+        );
+    }
+    if !preflight.assessment.image_present {
+        add(
+            Phase::Prepare,
+            there,
+            format!("image {}, sent from here", container.image_name),
+            Some("remove it"),
+        );
+    }
+    add(
+        Phase::Hold,
+        here,
+        format!(
+            "packets for `{}` wait, at most {}",
+            container.name, request.config.hold_packets
+        ),
+        Some("let them go"),
+    );
+    add(
+        Phase::Freeze,
+        here,
+        "its processes are frozen, its state is dumped".to_owned(),
+        Some("thaw them"),
+    );
+    add(
+        Phase::Freeze,
+        here,
+        format!("{} flows are marked for the tunnel", preflight.flows.len()),
+        Some("clear the marks"),
+    );
+    add(
+        Phase::Restore,
+        there,
+        format!(
+            "{} flows are entered into connection tracking",
+            preflight.flows.len()
+        ),
+        Some("delete them"),
+    );
+    let volumes: Vec<&str> = container
+        .mounts
+        .iter()
+        .filter_map(|mount| match mount {
+            Mount::Volume { name, .. } => Some(name.as_str()),
+            _ => None,
+        })
+        .collect();
+    let with = if volumes.is_empty() {
+        String::new()
+    } else {
+        format!(", with volumes {}", volumes.join(", "))
+    };
+    add(
+        Phase::Restore,
+        there,
+        format!("`{}` is restored{with}", container.name),
+        Some("remove it"),
+    );
+    add(
+        Phase::Steer,
+        here,
+        "the waiting packets go to the destination".to_owned(),
+        Some("let them go to the container here"),
+    );
+    add(
+        Phase::Commit,
+        here,
+        format!("`{}` is removed", container.name),
+        None,
+    );
+    if !volumes.is_empty() && !request.keep_volumes {
+        add(
+            Phase::Commit,
+            here,
+            format!(
+                "volumes {} are removed, unless another container uses them",
+                volumes.join(", ")
+            ),
+            None,
+        );
+    }
+    steps
+}

@@ -1,0 +1,179 @@
+//! Both hosts are looked at, and nothing is changed.
+
+use hyper::Method;
+use serde::Serialize;
+
+use super::check as checks;
+use super::lock::Lock;
+use super::{Clock, Event, Request};
+use crate::agent::protocol::{Assessment, Offer};
+use crate::agent::{Connection, Identity, Limits, Peer, PeerName, Peers};
+use crate::conntrack::{Flow, Table};
+use crate::criu::{Features, Finding, Severity};
+use crate::netlink::Namespace;
+use crate::podman::{Client, Container};
+use crate::{Config, Error, Result};
+
+/// What was seen of a container and of the two hosts.
+#[derive(Debug, Clone, Serialize)]
+pub struct Preflight {
+    /// The container.
+    pub container: Container,
+    /// What is told to the destination about it.
+    #[serde(skip)]
+    pub offer: Offer,
+    /// What the destination says.
+    pub assessment: Assessment,
+    /// The connections it has at this moment.
+    pub flows: Vec<Flow>,
+    /// What both hosts found, refusals first.
+    pub findings: Vec<Finding>,
+}
+
+impl Preflight {
+    /// Whether nothing stands in the way.
+    pub fn passes(&self) -> bool {
+        self.findings
+            .iter()
+            .all(|finding| finding.severity != Severity::Refuse)
+    }
+}
+
+/// A migration that may begin.
+pub(super) struct Ready {
+    pub preflight: Preflight,
+    pub peer: Peer,
+    pub connection: Connection,
+    pub podman: Client,
+    pub lock: Lock,
+}
+
+/// Looks whether a container could move. Changes nothing.
+///
+/// What stands in the way is in [`Preflight::findings`], and no error.
+///
+/// # Errors
+/// When one of the hosts could not be looked at, or has no such container.
+pub async fn check(request: &Request) -> Result<Preflight> {
+    Ok(look(request).await?.0)
+}
+
+/// Looks, and refuses if something stands in the way.
+pub(super) async fn ready(request: &Request, clock: &mut Clock<'_>) -> Result<Ready> {
+    let (preflight, peer, connection, podman) = look(request).await?;
+    checks::refuse(&preflight.container.name, &request.to, &preflight.findings)?;
+    for finding in &preflight.findings {
+        clock.observer.observe(Event::Warning {
+            finding: finding.clone(),
+        });
+    }
+    let lock = Lock::take(
+        &request.config.lock_dir(),
+        &preflight.container.id,
+        &preflight.container.name,
+    )?;
+    Ok(Ready {
+        preflight,
+        peer,
+        connection,
+        podman,
+        lock,
+    })
+}
+
+async fn look(request: &Request) -> Result<(Preflight, Peer, Connection, Client)> {
+    must_be_root()?;
+    let config = &request.config;
+    let podman = podman(config)?;
+    let peer = peer(config, &request.to)?;
+    let container = podman.inspect(&request.container).await?;
+    let mut connection = connect(config, &peer).await?;
+
+    let (host, features, flows) = futures::join!(
+        podman.host(),
+        Features::of_this_host(),
+        flows_of(&container)
+    );
+    let (host, flows) = (host?, flows?);
+    let mut networks = Vec::new();
+    for attachment in &container.networks {
+        networks.extend(podman.network(&attachment.name).await?);
+    }
+    let mut findings = checks::at_source(&container, &host, &features, &networks, &flows);
+    let offer = Offer {
+        container: container.clone(),
+        networks,
+        host,
+        features,
+    };
+    let assessment: Assessment = connection.call(Method::POST, "/v1/assess", &offer).await?;
+    findings.extend(assessment.findings.iter().cloned());
+    findings.sort_by_key(|finding| finding.severity != Severity::Refuse);
+    Ok((
+        Preflight {
+            container,
+            offer,
+            assessment,
+            flows,
+            findings,
+        },
+        peer,
+        connection,
+        podman,
+    ))
+}
+
+/// The connections that a container has.
+pub(super) async fn flows_of(container: &Container) -> Result<Vec<Flow>> {
+    let table = Table::open(&Namespace::current()?)?;
+    let mut flows = Vec::new();
+    for address in container.addresses() {
+        let entries = table.dump_container(address).await?;
+        flows.extend(
+            entries
+                .iter()
+                .filter(|entry| !entry.is_over())
+                .filter_map(|entry| entry.flow_of(address)),
+        );
+    }
+    Ok(flows)
+}
+
+/// Freezing, namespaces, netlink: all of it is root's.
+///
+/// # Errors
+/// [`Error::NotRoot`].
+pub fn must_be_root() -> Result<()> {
+    if rustix::process::geteuid().is_root() {
+        Ok(())
+    } else {
+        Err(Error::NotRoot)
+    }
+}
+
+/// Podman on this host.
+///
+/// # Errors
+/// [`Error::NoPodman`] when its socket is not there.
+pub(crate) fn podman(config: &Config) -> Result<Client> {
+    if !config.podman_socket.exists() {
+        return Err(Error::NoPodman(config.podman_socket.clone()));
+    }
+    Ok(Client::new(&config.podman_socket))
+}
+
+/// The host of that name.
+pub(super) fn peer(config: &Config, name: &str) -> Result<Peer> {
+    let name: PeerName = name.parse()?;
+    Ok(Peers::open(&config.state_dir, &Limits::default())?.get(&name)?)
+}
+
+/// A connection to the agent of a host.
+pub(super) async fn connect(config: &Config, peer: &Peer) -> Result<Connection> {
+    let identity = Identity::load_or_create(&config.state_dir)?;
+    let address = peer
+        .address
+        .as_ref()
+        .ok_or_else(|| Error::NoAddress(peer.name.clone()))?;
+    Ok(Connection::open(address, peer.fingerprint, &identity, &Limits::default()).await?)
+}

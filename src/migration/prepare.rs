@@ -1,0 +1,130 @@
+//! Everything that can be done before the container is frozen.
+//!
+//! The tunnel comes up on both sides and has to carry a handshake; the networks are made and the image
+//! is sent if they are missing. What fails here has cost the container nothing.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_compression::tokio::bufread::ZstdEncoder;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use hyper::{HeaderMap, Method};
+use tokio_util::io::{ReaderStream, StreamReader};
+
+use super::{Asked, Cargo, Effect, Event, Migration};
+use crate::agent::protocol::{IMAGE_PIECE, Nothing, Prepare, Prepared};
+use crate::conntrack::steer;
+use crate::podman::{Container, Network};
+use crate::tunnel::Tunnels;
+use crate::{Config, Error, Result};
+
+/// How long the destination may take to unpack an image once it has all of it.
+const LOAD_IMAGE: Duration = Duration::from_secs(600);
+
+pub(super) async fn prepare(migration: &mut Migration<'_>) -> Result<()> {
+    open_hop(migration).await?;
+    if !migration.preflight.assessment.image_present {
+        send_image(migration).await?;
+    }
+    Ok(())
+}
+
+/// The tunnels of this host.
+pub(crate) fn tunnels(config: &Config) -> Tunnels {
+    Tunnels::new(config.tunnel_settings())
+}
+
+/// The largest packet that a container's networks carry, in bytes.
+pub(crate) fn mtu(networks: &[Network]) -> u16 {
+    /// What Ethernet, and so Podman's bridges, have unless told otherwise.
+    const ETHERNET: u16 = 1500;
+    networks
+        .iter()
+        .filter_map(Network::mtu)
+        .max()
+        .unwrap_or(ETHERNET)
+}
+
+/// Makes both ends of the hop, and waits until they have shaken hands.
+async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
+    let config = &migration.request.config;
+    let tunnels = tunnels(config);
+    let user = migration.id.as_str();
+    let peer = migration.peer.fingerprint.to_string();
+    // The share is undone by its user's name: which hop it is, only taking it tells.
+    migration.journal.will([Effect::Hop {
+        user: user.to_owned(),
+    }])?;
+    let (hop, _) = tunnels.acquire(&peer, user)?;
+    let id = hop.spec.hop;
+    migration.hop = Some(id);
+    let mtu = mtu(&migration.preflight.offer.networks);
+    let own = tunnels.open(id, mtu).await?;
+
+    let destination = migration.request.to.clone();
+    migration.journal.will([Effect::Destination {
+        peer: destination,
+        migration: migration.id.clone(),
+        asked: Asked::Prepare,
+    }])?;
+    let ask = Prepare {
+        offer: migration.preflight.offer.clone(),
+        hop: own,
+    };
+    let path = format!("/v1/migrations/{}", migration.id);
+    let prepared: Prepared = migration.connection.call(Method::POST, &path, &ask).await?;
+
+    tunnels
+        .connect(id, &prepared.hop, migration.connection.peer_addr().ip())
+        .await?;
+    steer::install(id).await?;
+    tunnels.verify(id, config.handshake_timeout).await?;
+    Ok(())
+}
+
+/// Sends the container's image, compressed, as this host has it.
+async fn send_image(migration: &mut Migration<'_>) -> Result<()> {
+    let container: &Container = &migration.preflight.container;
+    let image = container.image.clone().ok_or(Error::OutOfOrder("image"))?;
+    let size = migration
+        .hands
+        .podman
+        .image(image.as_str())
+        .await?
+        .map(|image| image.size);
+    let archive = migration.hands.podman.export_image(&image).await?;
+    let plain = StreamReader::new(archive.map_err(std::io::Error::other));
+    let packed = ReaderStream::with_capacity(ZstdEncoder::new(plain), IMAGE_PIECE);
+
+    let sent = Arc::new(Mutex::new(0));
+    let count = sent.clone();
+    let (progress, mut told) = tokio::sync::watch::channel(0);
+    let body = packed.inspect(move |piece: &std::io::Result<Bytes>| {
+        if let Ok(piece) = piece {
+            let mut sent = count.lock().unwrap_or_else(PoisonError::into_inner);
+            *sent += piece.len() as u64;
+            // Nobody listens any more when the call has ended.
+            let _ = progress.send(*sent);
+        }
+    });
+    let path = format!("/v1/migrations/{}/image", migration.id);
+    let call =
+        migration
+            .connection
+            .send_stream(Method::PUT, &path, HeaderMap::new(), body, LOAD_IMAGE);
+    let mut call = std::pin::pin!(call);
+    let cancel = migration.request.cancel.clone();
+    let Nothing {} = loop {
+        tokio::select! {
+            answer = &mut call => break answer?,
+            Ok(()) = told.changed() => {
+                let bytes = *told.borrow_and_update();
+                migration.clock.observer.observe(Event::Sent { what: Cargo::Image, bytes, total: size });
+            }
+            () = cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
+        }
+    };
+    migration.bytes_sent += *sent.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(())
+}

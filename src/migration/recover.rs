@@ -1,0 +1,103 @@
+//! Finishing or undoing what an interrupted migration left on this host.
+
+use serde::Serialize;
+
+use super::commit;
+use super::effect::Effect;
+use super::event::Observer;
+use super::journal::{Journal, left_behind};
+use super::preflight::{must_be_root, podman};
+use super::report::Leftover;
+use super::undo::{Hands, unwind};
+use crate::{Config, Error, Result};
+
+/// What became of one interrupted migration.
+#[derive(Debug, Clone, Serialize)]
+pub struct Recovered {
+    /// The migration's number.
+    pub migration: String,
+    /// Whether it was finished; otherwise it was undone.
+    pub finished: bool,
+    /// What is still left of it.
+    pub leftovers: Vec<Leftover>,
+}
+
+/// Finishes the migrations from this host that were past their point of no return, and undoes the
+/// others.
+///
+/// # Errors
+/// [`Error::InDoubt`] if a destination does not say whether it runs the container; whatever else was
+/// interrupted is still there too, and calling this again is safe.
+pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec<Recovered>> {
+    must_be_root()?;
+    let mut recovered = Vec::new();
+    for path in left_behind(&config.outgoing_dir())? {
+        let journal = Journal::open(&path)?;
+        let migration = path
+            .file_stem()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let mut hands = Hands::new(config.clone(), podman(config)?);
+        let finished = journal.committed();
+        let leftovers = if finished {
+            finish(&hands, &journal).await
+        } else {
+            unwind(&mut hands, &journal, observer)
+                .await
+                .map_err(|destination| Error::InDoubt {
+                    cause: Box::new(Error::Interrupted(super::Phase::Restore)),
+                    destination,
+                })?
+        };
+        if leftovers.is_empty() {
+            journal.close()?;
+        }
+        recovered.push(Recovered {
+            migration,
+            finished,
+            leftovers,
+        });
+    }
+    Ok(recovered)
+}
+
+/// Does what a commit had begun.
+async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
+    let mut leftovers = Vec::new();
+    let mut note = |what: &str, result: Result<()>| {
+        if let Err(error) = result {
+            leftovers.push(Leftover {
+                effect: what.to_owned(),
+                failure: error.to_string(),
+            });
+        }
+    };
+    for effect in journal.effects() {
+        match effect {
+            Effect::Forget {
+                container,
+                keep_volumes,
+            } => match hands.podman.inspect(container.as_str()).await {
+                Ok(container) => {
+                    for (what, result) in
+                        commit::forget(&hands.podman, &container, *keep_volumes).await
+                    {
+                        note(what, result);
+                    }
+                }
+                Err(error) if error.is_not_found() => {}
+                Err(error) => note("the old container", Err(error.into())),
+            },
+            Effect::Hold { spec } => {
+                note(
+                    "packets waiting",
+                    crate::conntrack::hold::remove_rules(spec)
+                        .await
+                        .map_err(Into::into),
+                );
+            }
+            _ => {}
+        }
+    }
+    leftovers
+}

@@ -1,0 +1,80 @@
+//! What a finished migration has to say for itself.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::event::Phase;
+use crate::agent::protocol::MigrationId;
+use crate::conntrack::Flow;
+use crate::conntrack::hold::HoldReport;
+use crate::criu::Finding;
+use crate::podman::ContainerId;
+
+/// A migration that has come to its end: the container runs at the destination.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Which migration this was.
+    pub migration: MigrationId,
+    /// The container; its ID is the same on both hosts.
+    pub container: ContainerId,
+    /// Its name.
+    pub name: String,
+    /// The host it runs on now.
+    pub destination: String,
+    /// From the moment the container's packets began to wait until they were let go.
+    #[serde(rename = "downtime_ms", serialize_with = "milliseconds")]
+    pub downtime: Duration,
+    /// The whole migration, preflight to commit.
+    #[serde(rename = "total_ms", serialize_with = "milliseconds")]
+    pub total: Duration,
+    /// How long each phase took. Those of the downtime overlap where they can: `transfer` runs from
+    /// the first byte of the frozen container that is ready to the last that has been sent.
+    pub phases: Vec<PhaseTime>,
+    /// Bytes that went to the destination, image included.
+    pub bytes_sent: u64,
+    /// Bytes of those that were sent while the container was frozen.
+    pub bytes_frozen: u64,
+    /// The connections that went along.
+    pub flows: Vec<Flow>,
+    /// What happened to the packets that arrived meanwhile.
+    pub held: HoldReport,
+    /// What CRIU says of the dump, where it said something.
+    pub dump: Option<crate::criu::DumpStats>,
+    /// What was found and did not stand in the way.
+    pub warnings: Vec<Finding>,
+    /// What remained to be tidied at the source after the point of no return, and could not be.
+    pub leftovers: Vec<Leftover>,
+}
+
+/// The time that a phase took.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct PhaseTime {
+    /// Which phase.
+    pub name: Phase,
+    /// How long.
+    #[serde(rename = "ms", serialize_with = "milliseconds")]
+    pub took: Duration,
+}
+
+/// Something of a migration that could not be removed.
+#[derive(Debug, Clone, Serialize)]
+pub struct Leftover {
+    /// What it is.
+    pub effect: String,
+    /// Why it is still there.
+    pub failure: String,
+}
+
+impl std::fmt::Display for Leftover {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.effect, self.failure)
+    }
+}
+
+fn milliseconds<S: serde::Serializer>(
+    duration: &Duration,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64((duration.as_secs_f64() * 1e6).round() / 1e3)
+}

@@ -1,0 +1,64 @@
+//! What is asked of a migration.
+
+use tokio_util::sync::CancellationToken;
+
+use super::event::Phase;
+use crate::Config;
+
+/// A container to move, and where to.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Request {
+    /// Name or ID of a running container.
+    pub container: String,
+    /// Name of a host that was joined.
+    pub to: String,
+    /// Paths and bounds on this host.
+    pub config: Config,
+    /// Whether the container's named volumes stay on this host as well. Otherwise they are removed
+    /// after the move, unless another container uses them.
+    pub keep_volumes: bool,
+    /// Undo everything at the end of this phase, to see how the move would go.
+    pub rehearse: Option<Phase>,
+    /// Cancelled, the migration undoes what it has done and ends with
+    /// [`Error::RolledBack`](crate::Error::RolledBack), unless it is past its point of no return.
+    pub cancel: CancellationToken,
+}
+
+impl Request {
+    /// Moves `container` to the host known here as `to`, with the default [`Config`].
+    pub fn new(container: impl Into<String>, to: impl Into<String>) -> Request {
+        Request {
+            container: container.into(),
+            to: to.into(),
+            config: Config::default(),
+            keep_volumes: false,
+            rehearse: None,
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    /// With other paths and bounds.
+    pub fn config(mut self, config: Config) -> Request {
+        self.config = config;
+        self
+    }
+
+    /// Leaving named volumes behind as well, or not.
+    pub fn keep_volumes(mut self, keep: bool) -> Request {
+        self.keep_volumes = keep;
+        self
+    }
+
+    /// Undoing everything at the end of this phase.
+    pub fn rehearse(mut self, phase: Option<Phase>) -> Request {
+        self.rehearse = phase;
+        self
+    }
+
+    /// Stopping when this token is cancelled.
+    pub fn cancel(mut self, token: CancellationToken) -> Request {
+        self.cancel = token;
+        self
+    }
+}

@@ -1,0 +1,40 @@
+//! The one round trip of the downtime: the container goes out, "running" comes back.
+
+use hyper::{HeaderMap, Method};
+
+use super::{Cargo, Event, Migration};
+use crate::agent::protocol::Running;
+use crate::bundle::splice::STATS_DUMP;
+use crate::criu::DumpStats;
+use crate::{Error, Result};
+
+pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
+    let stream = migration.stream.take().ok_or(Error::OutOfOrder("stream"))?;
+    let path = format!("/v1/migrations/{}/restore", migration.id);
+    let within = migration.request.config.restore_timeout;
+    let answer = migration.connection.send_stream(
+        Method::POST,
+        &path,
+        HeaderMap::new(),
+        stream.bytes,
+        within,
+    );
+    let running: Running = tokio::select! {
+        answer = answer => answer?,
+        () = migration.request.cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
+    };
+    let bytes = stream.progress.wire();
+    migration.bytes_frozen = bytes;
+    migration.bytes_sent += bytes;
+    migration.dump = stream
+        .captured
+        .get(STATS_DUMP)
+        .and_then(|image| DumpStats::parse(&image).ok());
+    migration.clock.observer.observe(Event::Sent {
+        what: Cargo::Container,
+        bytes,
+        total: Some(bytes),
+    });
+    tracing::debug!(restore = ?running.restore, flows = running.flows, "the container runs at the destination");
+    Ok(())
+}

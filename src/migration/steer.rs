@@ -1,0 +1,58 @@
+//! The container's flows are pointed at the destination, and what waited is let go.
+//!
+//! The marks are set early, while the container is being dumped: no packet reads them until it is
+//! released, so that the release itself is all that is left to do when the destination says "running".
+
+use super::{Migration, check};
+use crate::conntrack::hold::To;
+use crate::conntrack::{Flow, Table};
+use crate::netlink::Namespace;
+use crate::podman::{Container, Network};
+use crate::tunnel::HopId;
+use crate::{Error, Result};
+
+/// Reads a container's flows and points each at the hop.
+///
+/// The container must not move any more, or it could open another one.
+pub(super) async fn mark(
+    container: &Container,
+    networks: &[Network],
+    hop: HopId,
+) -> Result<Vec<Flow>> {
+    let table = Table::open(&Namespace::current()?)?;
+    let subnets = check::subnets(networks);
+    let mut flows = Vec::new();
+    for address in container.addresses() {
+        let entries = table.dump_container(address).await?;
+        let of_it = entries
+            .iter()
+            .filter(|entry| !entry.is_over())
+            .filter_map(|entry| entry.flow_of(address));
+        flows.extend(of_it.filter(|flow| flow.keepable(&subnets).is_ok()));
+    }
+    let marks = flows.iter().map(|flow| {
+        let (mark, mask) = flow.steering(Some(hop));
+        (flow.entry.original, mark, mask)
+    });
+    for marked in table.set_mark_all(marks.collect()).await? {
+        match marked {
+            // It ended since it was read.
+            Err(error) if error.is_not_found() => {}
+            other => other?,
+        }
+    }
+    Ok(flows)
+}
+
+pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
+    let hold = migration
+        .hands
+        .hold
+        .take()
+        .ok_or(Error::OutOfOrder("hold"))?;
+    migration.held = hold.release(To::Destination).await?;
+    if let Some(since) = migration.held_since {
+        migration.downtime = since.elapsed();
+    }
+    Ok(())
+}
