@@ -1,4 +1,5 @@
 //! Connections of a container as the kernel tracks them, in network namespaces. Needs root.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod netns;
 
@@ -528,6 +529,30 @@ fn udp_flows_go_on_at_the_other_host_in_every_direction() {
             "nothing was invalid: {left}"
         );
     }
+}
+
+#[test]
+fn a_binding_survives_everything_that_podman_does_when_the_container_is_removed() {
+    let net = Net::new();
+    let server = udp(&net.container, "10.88.0.5:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    client.send_to(b"one", "192.0.2.1:8080").unwrap();
+    server.recv_from(&mut [0; 64]).unwrap();
+    within(&net.host, async || {
+        steer::install(hop(3)).await.unwrap();
+        within(&net.other, async || steer::install(hop(1)).await.unwrap());
+        hand_over(&net, "10.88.0.5").await;
+    });
+    let copy = udp(&net.copy, "10.88.0.5:80");
+    // The last chain of type nat goes, and the bridge with its addresses.
+    net.at("host", "nft delete table inet podman");
+    net.at("host", "ip link delete bridge");
+    let mut buffer = [0; 64];
+    client.send_to(b"two", "192.0.2.1:8080").unwrap();
+    let (_, from) = copy.recv_from(&mut buffer).unwrap();
+    copy.send_to(b"three", from).unwrap();
+    let (_, from) = client.recv_from(&mut buffer).unwrap();
+    assert_eq!(from, "192.0.2.1:8080".parse().unwrap());
 }
 
 #[test]

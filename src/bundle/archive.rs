@@ -93,7 +93,7 @@ pub(super) struct Extent {
 }
 
 /// The head of an entry.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Head<'a> {
     /// Relative to the root, without a slash at either end; `/` is the root itself.
     pub path: &'a [u8],

@@ -671,6 +671,7 @@ impl<Fd: AsFd> Writer<'_, Fd> {
             Type::HardLink => Vec::new(),
             _ => self.attributes(path, &node)?,
         };
+        let (modified, accessed) = times(&node.stat);
         let head = Head {
             path: if path.is_empty() { b"/" } else { path },
             kind,
@@ -678,11 +679,8 @@ impl<Fd: AsFd> Writer<'_, Fd> {
             uid: node.stat.st_uid,
             gid: node.stat.st_gid,
             size: 0,
-            modified: moment(node.stat.st_mtime as i64, node.stat.st_mtime_nsec as u64),
-            accessed: Some(moment(
-                node.stat.st_atime as i64,
-                node.stat.st_atime_nsec as u64,
-            )),
+            modified,
+            accessed: Some(accessed),
             target: &target,
             device: match kind {
                 Type::Character | Type::Block => (
@@ -885,11 +883,18 @@ fn clamped(target: &[u8], depth: usize) -> Option<Vec<u8>> {
     Some(clamped)
 }
 
-fn moment(seconds: i64, nanoseconds: u64) -> Moment {
-    Moment {
+/// When a file was modified and read last.
+// The widths of these fields differ between architectures.
+#[allow(clippy::unnecessary_cast)]
+fn times(stat: &Stat) -> (Moment, Moment) {
+    let moment = |seconds: i64, nanoseconds: u64| Moment {
         seconds,
         nanoseconds: u32::try_from(nanoseconds).unwrap_or(0),
-    }
+    };
+    (
+        moment(stat.st_mtime as i64, stat.st_mtime_nsec as u64),
+        moment(stat.st_atime as i64, stat.st_atime_nsec as u64),
+    )
 }
 
 /// The stretches of a file that have data, or `None` if it has too few holes to bother.

@@ -506,14 +506,14 @@ pub(super) mod tests {
         let ports = (any::<u16>(), any::<u16>());
         let query = (any::<u16>(), any::<u8>(), any::<u8>());
         prop_oneof![
-            (ports.clone(), any::<bool>()).prop_map(|((source, destination), v6)| (
+            (ports, any::<bool>()).prop_map(|((source, destination), v6)| (
                 Protocol::Tcp {
                     source,
                     destination
                 },
                 v6
             )),
-            (ports.clone(), any::<bool>()).prop_map(|((source, destination), v6)| (
+            (ports, any::<bool>()).prop_map(|((source, destination), v6)| (
                 Protocol::Udp {
                     source,
                     destination
@@ -527,9 +527,7 @@ pub(super) mod tests {
                 },
                 v6
             )),
-            query
-                .clone()
-                .prop_map(|(id, kind, code)| (Protocol::Icmp { id, kind, code }, false)),
+            query.prop_map(|(id, kind, code)| (Protocol::Icmp { id, kind, code }, false)),
             query.prop_map(|(id, kind, code)| (Protocol::Icmpv6 { id, kind, code }, true)),
         ]
     }

@@ -6,10 +6,14 @@
 //! where they meet the mark that their connection has by then.
 //!
 //! ```text
-//! chain hold7_new { priority -310: before conntrack
+//! chain new { priority -310: before conntrack
+//!   jump hold7_new }
+//! chain established { priority -150: after conntrack, before the guard and steering
+//!   jump hold7 }
+//! chain hold7_new {
 //!   SYNs to published ports                                            goto queue7 }
-//! chain hold7 { priority -150: after conntrack, before the guard and steering
-//!   those SYNs, released                                               accept
+//! chain hold7 {
+//!   those SYNs, released                                               return
 //!   what came out of the destination's hop from the container's address goto queue7
 //!   packets of inbound flows:  direction original, answered by it      goto queue7
 //!   packets of outbound flows: direction reply, opened by it           goto queue7
@@ -38,6 +42,11 @@
 //! UDP does not. New packets pass, because the rule says `bypass`. Nothing stays blocked, and
 //! [`remove_rules`] clears away what is left. A [`Hold`] that is merely dropped releases what it
 //! holds first.
+//!
+//! # What can still lose held packets
+//! A program that removes a chain with a hook from this network namespace (`nft flush ruleset`, a
+//! firewall that is restarted; not Podman, which only adds and removes rules) makes the kernel drop
+//! all that waits in queues, and so does the removal of the interface that they came in by.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -156,7 +165,7 @@ impl HoldSpec {
         format!("hold{}_new", self.queue)
     }
 
-    /// Base chains first: what jumps goes before what is jumped to.
+    /// What jumps goes before what is jumped to.
     fn chains(&self) -> [String; 3] {
         [
             self.new_chain(),
@@ -186,11 +195,15 @@ impl HoldSpec {
             self.new_chain(),
         );
         let goto = json!({ "goto": { "target": queue } });
-        let mut commands = vec![ruleset::add_table()];
-        commands.extend(add_empty(&queue, None));
-        commands.extend(add_empty(&new, Some(("prerouting", NEW_PRIORITY))));
-        commands.extend(add_empty(&established, Some(("prerouting", PRIORITY))));
-        for (chain, verdict) in [(&new, &goto), (&established, &json!({ "accept": null }))] {
+        let mut commands = ruleset::base();
+        for chain in [&queue, &new, &established] {
+            commands.extend(add_empty(chain));
+        }
+        for (base, chain) in [(ruleset::NEW, &new), (ruleset::ESTABLISHED, &established)] {
+            let jump = json!({ "jump": { "target": chain } });
+            commands.push(ruleset::named_rule(base, chain, &[jump]));
+        }
+        for (chain, verdict) in [(&new, &goto), (&established, &json!({ "return": null }))] {
             for mut statements in self.published(PortProtocol::Tcp) {
                 statements.insert(
                     0,
@@ -232,7 +245,12 @@ impl HoldSpec {
             }
         }
         for mut statements in self.published(PortProtocol::Udp) {
-            statements.insert(0, equal(json!({ "ct": { "key": "state" } }), json!("new")));
+            statements.insert(
+                0,
+                json!({ "match": {
+                    "op": "in", "left": { "ct": { "key": "state" } }, "right": "new",
+                } }),
+            );
             statements.push(goto.clone());
             commands.push(rule(&established, &statements));
         }
@@ -284,8 +302,8 @@ fn payload(protocol: &str, field: &str) -> Value {
     json!({ "payload": { "protocol": protocol, "field": field } })
 }
 
-fn equal(left: Value, right: Value) -> Value {
-    json!({ "match": { "op": "==", "left": left, "right": right } })
+fn equal(left: impl Into<Value>, right: impl Serialize) -> Value {
+    json!({ "match": { "op": "==", "left": left.into(), "right": json!(right) } })
 }
 
 /// Where the packets go that were held.
@@ -334,6 +352,8 @@ impl Hold {
         spec.check()?;
         let queue = Queue::bind(&spec)?;
         let mut rules = Rules::open()?;
+        // The queue was free, so if there are such rules their process has died.
+        rules.remove(REMOVE, &spec.chains(), Vec::new)?;
         ruleset::apply("set up the rules of a hold", spec.commands()).await?;
         let (orders, received) = mpsc::unbounded_channel();
         let held = Arc::new(AtomicU64::new(0));
@@ -402,13 +422,18 @@ impl Drop for Hold {
 /// Removes the rules of a hold whose process has died, and the table when nothing else uses it. It
 /// is no error if they are not there.
 pub async fn remove_rules(spec: &HoldSpec) -> Result<()> {
-    const DOING: &str = "remove the rules of a hold";
     let mut rules = Rules::open()?;
     let chains = spec.chains();
-    tokio::task::spawn_blocking(move || rules.remove(DOING, &chains, Vec::new))
-        .await
-        .map_err(|_| Error::Thread { doing: DOING })?
+    tokio::task::spawn_blocking(move || {
+        rules.remove(REMOVE, &chains, Vec::new)?;
+        rules.remove_unused()
+    })
+    .await
+    .map_err(|_| Error::Thread { doing: REMOVE })?
 }
+
+/// What removal of rules says it is doing when it fails.
+const REMOVE: &str = "remove the rules of a hold";
 
 fn socket_error(doing: &'static str, source: io::Error) -> Error {
     netlink::Error::Socket { doing, source }.into()
@@ -565,12 +590,19 @@ fn work(
         });
     // Whatever happened: the rules go. While they do, packets pass the queue, or, if it failed and
     // its socket is closed, bypass it.
-    let removed = Rules::open()
-        .and_then(|mut rules| rules.remove("remove the rules of a hold", &spec.chains(), Vec::new));
-    let mut keeper = outcome?;
-    keeper.finish()?;
+    let mut rules = Rules::open();
+    let removed = match &mut rules {
+        Ok(rules) => rules.remove(REMOVE, &spec.chains(), Vec::new),
+        Err(_) => Ok(()),
+    };
+    ruleset::settle_packets();
+    let finished = outcome.and_then(|mut keeper| {
+        keeper.finish()?;
+        Ok(keeper.report)
+    });
     removed?;
-    Ok(keeper.report)
+    rules?.remove_unused()?;
+    finished
 }
 
 impl Keeper<'_> {

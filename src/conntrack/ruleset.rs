@@ -5,6 +5,12 @@
 //! transaction. They are *removed* by raw netlink, which is faster, needs no program, works in a
 //! destructor, and can name the generation of the rule set it was decided upon, so that the table
 //! is never taken away under another process that has just begun to use it.
+//!
+//! The table's *base chains* come with the first hop or hold and go with the last, and never in
+//! between: whenever a base chain goes, anybody's, the kernel drops every packet that waits in any
+//! queue of the network namespace (`nf_queue_nf_hook_drop` of `net/netfilter/core.c`), and one that
+//! passes a queue at that moment may miss a hook. So a hold is a rule that jumps, not a chain with
+//! a hook of its own.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -21,8 +27,24 @@ use crate::netlink::{self, Attributes, Body, Channel, Request};
 
 /// The name of livemig's table.
 pub const TABLE: &str = "livemig";
-/// Its one chain that belongs to no hop and to no hold.
+/// Holds what is new, before conntrack.
+pub(super) const NEW: &str = "new";
+/// Holds what conntrack knows.
+pub(super) const ESTABLISHED: &str = "established";
+/// Guards and steers.
 pub(super) const STEER: &str = "steer";
+/// Translates nothing. The kernel translates packets, also those of old connections, only while
+/// there is some chain of type nat: this one keeps the bindings of containers that have left alive
+/// when the last one of somebody else's goes.
+const TRANSLATE: &str = "translate";
+/// The chains that belong to no hop and to no hold: their names, types, hooks and priorities.
+const BASE_CHAINS: [(&str, &str, &str, i32); 4] = [
+    (NEW, "filter", "prerouting", super::hold::NEW_PRIORITY),
+    (ESTABLISHED, "filter", "prerouting", super::hold::PRIORITY),
+    (STEER, "filter", "prerouting", super::steer::PRIORITY),
+    // `NF_IP_PRI_NAT_SRC` of `linux/netfilter_ipv4.h`.
+    (TRANSLATE, "nat", "postrouting", 100),
+];
 /// How long `nft` may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a removal is tried while others change the rule set.
@@ -42,18 +64,14 @@ pub(super) fn add(kind: &str, fields: Value) -> Value {
     json!({ "add": object(kind, fields) })
 }
 
-/// A command that adds an object, or empties it if it is there.
-pub(super) fn add_empty(chain: &str, base: Option<(&str, i32)>) -> [Value; 2] {
-    let fields = match base {
-        Some((hook, priority)) => json!({
-            "name": chain, "type": "filter", "hook": hook, "prio": priority, "policy": "accept",
-        }),
-        None => json!({ "name": chain }),
-    };
-    [
-        add("chain", fields),
-        json!({ "flush": object("chain", json!({ "name": chain })) }),
-    ]
+/// Commands that add a chain, or empty it if it is there.
+pub(super) fn add_empty(chain: &str) -> [Value; 2] {
+    [add("chain", json!({ "name": chain })), flush(chain)]
+}
+
+/// A command that empties a chain.
+pub(super) fn flush(chain: &str) -> Value {
+    json!({ "flush": object("chain", json!({ "name": chain })) })
 }
 
 /// A command that appends a rule to a chain.
@@ -61,9 +79,26 @@ pub(super) fn rule(chain: &str, statements: &[Value]) -> Value {
     add("rule", json!({ "chain": chain, "expr": statements }))
 }
 
-/// The command that makes the table exist.
-pub(super) fn add_table() -> Value {
-    json!({ "add": { "table": { "family": "inet", "name": TABLE } } })
+/// The same, with a comment by which [`Rules::remove`] finds it again.
+pub(super) fn named_rule(chain: &str, name: &str, statements: &[Value]) -> Value {
+    add(
+        "rule",
+        json!({ "chain": chain, "expr": statements, "comment": name }),
+    )
+}
+
+/// The commands that make the table and its base chains exist.
+pub(super) fn base() -> Vec<Value> {
+    let mut commands = vec![json!({ "add": { "table": { "family": "inet", "name": TABLE } } })];
+    for (name, kind, hook, priority) in BASE_CHAINS {
+        commands.push(add(
+            "chain",
+            json!({
+                "name": name, "type": kind, "hook": hook, "prio": priority, "policy": "accept",
+            }),
+        ));
+    }
+    commands
 }
 
 /// Hands commands to `nft`, as one transaction.
@@ -206,10 +241,39 @@ impl Rules {
         }
     }
 
-    /// Removes the chains that `belongs` names, with everything in them, base chains first, and
-    /// the table if nothing but its own chain is left. Nothing happens to what is not there.
+    /// The handles of the rules of the base chains that carry one of these names as their comment,
+    /// with their chains.
+    fn named_rules(&mut self, names: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut body = Body::netfilter(NFPROTO_INET, 0);
+        body.text(nft::RULE_TABLE, TABLE);
+        let request = Request::new(nft::GETRULE, body);
+        let rules = self.0.dump("list rules", &request, |found, message| {
+            let (mut table, mut chain) = (String::new(), String::new());
+            let (mut handle, mut data): (&[u8], &[u8]) = (&[], &[]);
+            for attribute in Attributes::after(message.body, 4) {
+                match attribute.kind {
+                    nft::RULE_TABLE => table = attribute.text(),
+                    nft::RULE_CHAIN => chain = attribute.text(),
+                    nft::RULE_HANDLE => handle = attribute.value,
+                    nft::RULE_USERDATA => data = attribute.value,
+                    _ => {}
+                }
+            }
+            if table == TABLE
+                && names
+                    .iter()
+                    .any(|name| comment(data) == Some(name.as_bytes()))
+            {
+                found.push((chain, handle.to_vec()));
+            }
+        })?;
+        Ok(rules)
+    }
+
+    /// Removes the chains that `belongs` names with everything in them, in this order, and the
+    /// rules of base chains that are named like one of them. Nothing happens to what is not there.
     ///
-    /// `before` are changes that have to come first: of what refers to the chains.
+    /// `before` are changes that have to come first: of what else refers to the chains.
     pub(super) fn remove(
         &mut self,
         doing: &'static str,
@@ -219,40 +283,91 @@ impl Rules {
         for _ in 0..REMOVAL_TRIES {
             let generation = self.generation()?;
             let present = self.chains()?;
-            let mine: Vec<&String> = belongs.iter().filter(|c| present.contains(*c)).collect();
-            let others = present
-                .iter()
-                .any(|chain| chain != STEER && !belongs.contains(chain));
-            let changes = if present.is_empty() {
+            if !belongs.iter().any(|chain| present.contains(chain)) {
                 return Ok(());
-            } else if !others {
+            }
+            let mut changes = before();
+            for (chain, handle) in self.named_rules(belongs)? {
                 let mut body = Body::netfilter(NFPROTO_INET, 0);
-                body.text(nft::TABLE_NAME, TABLE);
-                vec![Request::new(nft::DELTABLE, body)]
-            } else if mine.is_empty() {
-                return Ok(());
-            } else {
-                let mut changes = before();
-                changes.extend(mine.into_iter().map(|chain| {
-                    let mut body = Body::netfilter(NFPROTO_INET, 0);
-                    body.text(nft::CHAIN_TABLE, TABLE)
-                        .text(nft::CHAIN_NAME, chain);
-                    Request::new(nft::DELCHAIN, body)
-                }));
-                changes
-            };
+                body.text(nft::RULE_TABLE, TABLE)
+                    .text(nft::RULE_CHAIN, &chain)
+                    .leaf(nft::RULE_HANDLE, &handle);
+                changes.push(Request::new(nft::DELRULE, body));
+            }
+            for chain in belongs.iter().filter(|chain| present.contains(*chain)) {
+                let mut body = Body::netfilter(NFPROTO_INET, 0);
+                body.text(nft::CHAIN_TABLE, TABLE)
+                    .text(nft::CHAIN_NAME, chain);
+                changes.push(Request::new(nft::DELCHAIN, body));
+            }
             match self.commit(doing, Some(generation), changes) {
                 // Somebody has changed the rules since they were looked at.
                 Err(e) if is_restart(&e) => {}
                 outcome => return Ok(outcome?),
             }
         }
-        Err(netlink::Error::Inconsistent {
-            doing,
-            tries: REMOVAL_TRIES,
-        }
-        .into())
+        Err(busy(doing))
     }
+
+    /// Removes the table if no hop and no hold is left in it.
+    pub(super) fn remove_unused(&mut self) -> Result<()> {
+        const DOING: &str = "remove the unused table of rules";
+        for _ in 0..REMOVAL_TRIES {
+            let generation = self.generation()?;
+            let present = self.chains()?;
+            let ours = |chain: &String| BASE_CHAINS.iter().any(|(name, ..)| name == chain);
+            if present.is_empty() || !present.iter().all(ours) {
+                return Ok(());
+            }
+            // Packets on other processors may still be on their way through rules that are gone.
+            settle_packets();
+            let mut body = Body::netfilter(NFPROTO_INET, 0);
+            body.text(nft::TABLE_NAME, TABLE);
+            match self.commit(
+                DOING,
+                Some(generation),
+                vec![Request::new(nft::DELTABLE, body)],
+            ) {
+                Err(e) if is_restart(&e) => {}
+                outcome => return Ok(outcome?),
+            }
+        }
+        Err(busy(DOING))
+    }
+}
+
+/// Waits until every processor has done with the packet it is at, a few milliseconds.
+///
+/// The kernel waits for that ("a grace period") when a packet socket is closed: `packet_release` of
+/// `net/packet/af_packet.c` calls `synchronize_net`.
+pub(super) fn settle_packets() {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    let opened = socket_with(
+        AddressFamily::PACKET,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        None,
+    );
+    if let Err(errno) = opened {
+        tracing::warn!(%errno, "cannot wait for packets that are on their way");
+    }
+}
+
+fn busy(doing: &'static str) -> Error {
+    netlink::Error::Inconsistent {
+        doing,
+        tries: REMOVAL_TRIES,
+    }
+    .into()
+}
+
+/// The comment in a rule's user data: `NFTNL_UDATA_RULE_COMMENT` of libnftnl's `udata.h`, type 0,
+/// one byte of length, text with a zero byte.
+fn comment(data: &[u8]) -> Option<&[u8]> {
+    let [0, length, rest @ ..] = data else {
+        return None;
+    };
+    rest.get(..usize::from(*length))?.strip_suffix(&[0])
 }
 
 /// ERESTART is the kernel's answer to an outdated generation. It is not meant for user space and

@@ -1,7 +1,7 @@
 //! The rules that turn a connection's mark into a route, and that guard the hops.
 //!
 //! ```text
-//! table inet livemig {
+//! table inet livemig {           # (without the chains of holds)
 //!   map guard    { type ifname : verdict; elements = { "livemig3" : jump guard3 } }
 //!   map original { type mark : verdict;   elements = { 0x03000000 : jump into3 } }
 //!   map reply    { type mark : verdict;   elements = { 0x00030000 : jump into3 } }
@@ -81,13 +81,11 @@ pub async fn install(hop: HopId) -> Result<()> {
     let directions = [Direction::Original, Direction::Reply];
     let interface = hop.interface();
     let (guard, into) = (guard_chain(hop), into_chain(hop));
-    let mut commands = vec![
-        ruleset::add_table(),
-        add(
-            "map",
-            json!({ "name": "guard", "type": "ifname", "map": "verdict" }),
-        ),
-    ];
+    let mut commands = ruleset::base();
+    commands.push(add(
+        "map",
+        json!({ "name": "guard", "type": "ifname", "map": "verdict" }),
+    ));
     for direction in directions {
         commands.push(add(
             "map",
@@ -96,7 +94,7 @@ pub async fn install(hop: HopId) -> Result<()> {
     }
     // Chains are emptied and filled again in the same transaction, so installing twice is
     // installing once, and no packet sees them empty.
-    commands.extend(add_empty(STEER, Some(("prerouting", PRIORITY))));
+    commands.push(ruleset::flush(STEER));
     commands.push(rule(
         STEER,
         &[json!({ "vmap": { "key": { "meta": { "key": "iifname" } }, "data": "@guard" } })],
@@ -112,7 +110,7 @@ pub async fn install(hop: HopId) -> Result<()> {
             ],
         ));
     }
-    commands.extend(add_empty(&guard, None));
+    commands.extend(add_empty(&guard));
     for direction in directions {
         // What comes out of a hop towards the container is a flow whose other direction goes back
         // into it, and the other way round.
@@ -129,7 +127,7 @@ pub async fn install(hop: HopId) -> Result<()> {
         ));
     }
     commands.push(rule(&guard, &[json!({ "drop": null })]));
-    commands.extend(add_empty(&into, None));
+    commands.extend(add_empty(&into));
     commands.push(rule(
         &into,
         &[
@@ -174,7 +172,8 @@ pub async fn remove(hop: HopId) -> Result<()> {
                 changes.push(ruleset::delete_element(name(direction), &key));
             }
             changes
-        })
+        })?;
+        rules.remove_unused()
     })
     .await
 }

@@ -139,10 +139,12 @@ pub mod nft {
     /// `NFTA_CHAIN_TABLE`, `NFTA_CHAIN_NAME`.
     pub const CHAIN_TABLE: u16 = 1;
     pub const CHAIN_NAME: u16 = 3;
-    /// `NFTA_RULE_TABLE`, `_CHAIN`, `_EXPRESSIONS`.
+    /// `NFTA_RULE_TABLE`, `_CHAIN`, `_HANDLE`, `_EXPRESSIONS`, `_USERDATA`.
     pub const RULE_TABLE: u16 = 1;
     pub const RULE_CHAIN: u16 = 2;
+    pub const RULE_HANDLE: u16 = 3;
     pub const RULE_EXPRESSIONS: u16 = 4;
+    pub const RULE_USERDATA: u16 = 7;
     /// `NFTA_LIST_ELEM`, `NFTA_EXPR_NAME`, `NFTA_EXPR_DATA`.
     pub const LIST_ELEM: u16 = 1;
     pub const EXPR_NAME: u16 = 1;

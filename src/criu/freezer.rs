@@ -20,7 +20,7 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
-use super::processes::gone;
+use super::processes::{self, gone};
 use super::{Error, Result};
 
 /// The kernel's two interfaces for freezing.
@@ -93,12 +93,40 @@ impl Freezer {
                 continue;
             }
             let freezer = Freezer { path, kind };
-            if freezer.control().exists() {
-                return Ok(freezer);
+            if !freezer.control().exists() {
+                why = format!("{} is not there", freezer.control().display());
+                continue;
             }
-            why = format!("{} is not there", freezer.control().display());
+            if let Some(other) = freezer.stranger(pid, root)? {
+                return Err(none(format!(
+                    "its cgroup {own} is not its own: process {other} is in it as well"
+                )));
+            }
+            return Ok(freezer);
         }
         Err(none(why))
+    }
+
+    /// A process in the cgroup that does not descend from the container's first.
+    ///
+    /// A cgroup that Podman has named after a container is that container's, processes that were
+    /// put in from outside included. But a container can also be without a cgroup of its own
+    /// (`--cgroups=disabled`), and then sits in Podman's: freezing that would stop Podman.
+    fn stranger(&self, pid: u32, root: &Path) -> Result<Option<u32>> {
+        let names = self
+            .path
+            .components()
+            .filter_map(|part| part.as_os_str().to_str());
+        if names.filter_map(container_cgroup).next().is_some() {
+            return Ok(None);
+        }
+        let proc = root.join("proc");
+        // In this order: whoever has ended in between is neither a descendant nor there any more.
+        let inside = processes::in_cgroup(&self.path)?;
+        let own = processes::descendants(pid, &proc)?;
+        let strange =
+            |pid: &u32| own.binary_search(pid).is_err() && proc.join(pid.to_string()).exists();
+        Ok(inside.into_iter().find(strange))
     }
 
     /// The cgroup's directory.
@@ -375,14 +403,7 @@ fn managed(own: &str) -> PathBuf {
         if part.as_bytes().starts_with(CONMON) {
             return managed;
         }
-        let id = part
-            .strip_prefix("libpod-payload-")
-            .or(part.strip_prefix("libpod-"));
-        let Some(id) = id else { continue };
-        let (id, scope) = id
-            .strip_suffix(".scope")
-            .map_or((id, false), |id| (id, true));
-        if id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit()) {
+        if let Some(scope) = container_cgroup(part) {
             if scope && parts.peek() == Some(&"container") {
                 managed.push("container");
             }
@@ -392,12 +413,23 @@ fn managed(own: &str) -> PathBuf {
     managed
 }
 
+/// Whether Podman has named a cgroup after a container (`getOCICgroupPath` in its
+/// `libpod/container_internal_linux.go`), and if so, whether it is a systemd scope.
+fn container_cgroup(name: &str) -> Option<bool> {
+    let id = name
+        .strip_prefix("libpod-payload-")
+        .or(name.strip_prefix("libpod-"))?;
+    let (id, scope) = id
+        .strip_suffix(".scope")
+        .map_or((id, false), |id| (id, true));
+    (id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit())).then_some(scope)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};
     use std::process::{Child, Command, Stdio};
 
-    use super::super::processes;
     use super::*;
 
     const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
@@ -522,6 +554,21 @@ mod tests {
                 "{cgroup}: {result:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_cgroup_that_is_shared_with_others_is_refused() {
+        let mount = mounted(Kind::Unified).expect("a cgroup v2 mount: this test needs one");
+        let counting = Counting::start(&mount, "shared");
+        // What it starts is its own.
+        Freezer::of(counting.child.id(), Path::new("/")).expect("found");
+        let mut other = Command::new("sleep").arg("60").spawn().expect("started");
+        let joined = std::fs::write(counting.path.join("cgroup.procs"), other.id().to_string());
+        let result = Freezer::of(counting.child.id(), Path::new("/"));
+        other.kill().expect("killed");
+        other.wait().expect("waited");
+        joined.expect("joined");
+        assert!(matches!(result, Err(Error::NoFreezer { .. })), "{result:?}");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! CRIU's own account of a dump or a restore: the files `stats-dump` and `stats-restore`.
 //!
 //! Podman puts `stats-dump` into the archive that it exports ([`crate::bundle::splice`] takes it
-//! out as it passes). `stats-restore` stays in the container's directory at the destination.
+//! out as it passes). `stats-restore` it deletes unless it was told to keep its files; asked for
+//! `printStats` it answers a restore with the same numbers.
 //!
 //! Sources: CRIU `images/stats.proto`, `criu/stats.c`, and `STATS_MAGIC` in `criu/include/magic.h`.
 
