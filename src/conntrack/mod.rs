@@ -26,6 +26,7 @@
 mod entry;
 mod error;
 mod events;
+mod fence;
 mod flow;
 pub mod hold;
 mod mark;
@@ -38,6 +39,7 @@ mod wire;
 pub use entry::{Counters, Entry, SctpInfo, Status, TcpInfo, TcpSide, TcpState};
 pub use error::{Error, Result};
 pub use events::{Change, Event, Events};
+pub use fence::Fence;
 pub use flow::{CannotKeep, Flow, Opening};
 pub use mark::{Direction, Mark};
 pub use ruleset::TABLE;

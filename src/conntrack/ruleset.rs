@@ -370,6 +370,18 @@ fn comment(data: &[u8]) -> Option<&[u8]> {
     rest.get(..usize::from(*length))?.strip_suffix(&[0])
 }
 
+/// Runs what changes rules on a thread where it may block, in the network namespace of the caller.
+pub(super) async fn blocking<T: Send + 'static>(
+    doing: &'static str,
+    work: impl FnOnce(&mut Rules) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    // Opened here, in the caller's namespace.
+    let mut rules = Rules::open()?;
+    tokio::task::spawn_blocking(move || work(&mut rules))
+        .await
+        .map_err(|_| Error::Thread { doing })?
+}
+
 /// ERESTART is the kernel's answer to an outdated generation. It is not meant for user space and
 /// so has no name there (`include/linux/errno.h`).
 fn is_restart(error: &netlink::Error) -> bool {

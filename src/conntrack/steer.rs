@@ -32,8 +32,8 @@
 
 use serde_json::{Value, json};
 
-use super::ruleset::{self, Rules, STEER, add, add_empty, rule};
-use super::{Direction, Error, Mark, Result};
+use super::ruleset::{self, STEER, add, add_empty, rule};
+use super::{Direction, Mark, Result};
 use crate::tunnel::HopId;
 
 /// After conntrack (−200) and the holds (−150), before translation of destinations (−100):
@@ -161,7 +161,7 @@ pub async fn install(hop: HopId) -> Result<()> {
 /// if they are not there.
 pub async fn remove(hop: HopId) -> Result<()> {
     const DOING: &str = "remove the rules of a hop";
-    blocking(DOING, move |rules| {
+    ruleset::blocking(DOING, move |rules| {
         let mut interface = hop.interface().into_bytes();
         interface.resize(INTERFACE_NAME, 0);
         rules.remove(DOING, &[guard_chain(hop), into_chain(hop)], || {
@@ -180,22 +180,11 @@ pub async fn remove(hop: HopId) -> Result<()> {
 
 /// The hops whose rules are in place.
 pub async fn installed() -> Result<Vec<HopId>> {
-    blocking("list the rules of hops", |rules| {
+    ruleset::blocking("list the rules of hops", |rules| {
         let chains = rules.chains()?;
         Ok(HopId::all()
             .filter(|hop| chains.contains(&guard_chain(*hop)))
             .collect())
     })
     .await
-}
-
-async fn blocking<T: Send + 'static>(
-    doing: &'static str,
-    work: impl FnOnce(&mut Rules) -> Result<T> + Send + 'static,
-) -> Result<T> {
-    // Opened here, in the caller's namespace.
-    let mut rules = Rules::open()?;
-    tokio::task::spawn_blocking(move || work(&mut rules))
-        .await
-        .map_err(|_| Error::Thread { doing })?
 }

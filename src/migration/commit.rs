@@ -4,11 +4,10 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::undo::{blocking, leave_hop};
+use super::undo::leave_hop;
 use super::{Effect, Leftover, Migration};
 use crate::Result;
 use crate::agent::protocol::Nothing;
-use crate::netlink::{Namespace, links};
 use crate::podman::{Client, Container, RemoveOptions};
 
 pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
@@ -31,6 +30,12 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     );
     for (what, result) in forget(&migration.hands.podman, &container, keep_volumes).await {
         migration.note(what, result);
+    }
+    if let Some(fence) = migration.fence.take() {
+        migration.note(
+            "the rule that kept it quiet",
+            fence.remove().await.map_err(Into::into),
+        );
     }
     // A hop that no connection needs would only be in the way.
     if migration.flows.is_empty() {
@@ -57,17 +62,12 @@ impl Migration<'_> {
     }
 }
 
-/// Removes a container that runs elsewhere now, so that no peer notices.
+/// Removes a container that runs elsewhere now. It is fenced, so no peer hears its sockets die.
 pub(super) async fn forget(
     podman: &Client,
     container: &Container,
     keep_volumes: bool,
 ) -> Vec<(&'static str, Result<()>)> {
-    let fenced = fence(container).await;
-    // Unfenced, the dying container would reset the connections of the living one.
-    if fenced.is_err() {
-        return vec![("cutting the old container off the network", fenced)];
-    }
     let options = RemoveOptions {
         force: true,
         timeout: Some(Duration::ZERO),
@@ -95,16 +95,4 @@ async fn remove_volume(podman: &Client, name: &str) -> Result<()> {
         Err(error) if error.is_in_use() => Ok(()),
         other => Ok(other.map(|_| ())?),
     }
-}
-
-/// Takes the interfaces of the old container down, so that its sockets die unheard.
-///
-/// They were alive all the time, only their processes were frozen: killed, they would send FIN or RST
-/// to peers that talk to the new container by now.
-async fn fence(container: &Container) -> Result<()> {
-    let Some(namespace) = container.pid.and_then(|pid| Namespace::of_pid(pid).ok()) else {
-        // The processes are gone already, and their namespace with them.
-        return Ok(());
-    };
-    Ok(blocking(move || links::down(&namespace)).await?)
 }

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::protocol::MigrationId;
+use crate::conntrack::Fence;
 use crate::conntrack::hold::HoldSpec;
 use crate::criu::Freezer;
 use crate::podman::{ContainerId, ImageId};
@@ -45,6 +46,11 @@ pub enum Effect {
     Hold {
         /// Which ones, and how.
         spec: HoldSpec,
+    },
+    /// Nothing that the frozen container's kernel says leaves this host.
+    Fenced {
+        /// Which container.
+        fence: Fence,
     },
     /// The container's processes stand still.
     Frozen {
@@ -108,6 +114,7 @@ impl std::fmt::Display for Effect {
             Effect::Hop { .. } => write!(f, "the tunnel, its routes and rules"),
             Effect::Destination { peer, .. } => write!(f, "what {peer} has prepared or restored"),
             Effect::Hold { .. } => write!(f, "packets waiting in the kernel"),
+            Effect::Fenced { .. } => write!(f, "the rule that keeps the frozen container quiet"),
             Effect::Frozen { .. } => write!(f, "frozen processes"),
             Effect::Steered { hop, .. } => write!(f, "flows steered into {}", hop.interface()),
             Effect::Forget { container, .. } => write!(f, "the old container {container}"),

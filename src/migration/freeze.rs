@@ -2,8 +2,8 @@
 //!
 //! The cgroup is frozen first, by us, and the checkpoint is asked to leave the container running:
 //! CRIU then finds it frozen, takes its state without polling, and leaves it frozen. Meanwhile, since
-//! nothing of the container moves any more, its flows are read and marked and its changed files are
-//! collected.
+//! nothing of the container moves any more, its flows are read and marked, its changed files are
+//! collected, and what its kernel still has to say is kept from the world.
 
 use super::{Migration, steer};
 use crate::bundle::{DeltaFile, Layers};
@@ -31,10 +31,13 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     let staging = migration.request.config.staging_dir();
     std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
     let changed = async { Ok(DeltaFile::make(layers(container)?, staging).await?) };
-    let (checkpoint, changed, flows) = futures::try_join!(
+    let fence = migration.fence.clone().ok_or(Error::OutOfOrder("fence"))?;
+    let fenced = async { Ok(fence.install().await?) };
+    let (checkpoint, changed, flows, ()) = futures::try_join!(
         checkpoint(&migration.hands.podman, container),
         changed,
         steer::mark(container, &migration.preflight.offer.networks, hop),
+        fenced,
     )?;
     migration.flows = flows;
     migration.frozen = Some(Frozen {

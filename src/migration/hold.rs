@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::{Asked, Effect, Migration};
+use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, Hold, HoldSpec, PortProtocol};
 use crate::criu::Freezer;
 use crate::podman::{Container, PublishedPort};
@@ -26,6 +27,10 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         container.pid.ok_or(Error::OutOfOrder("process"))?,
         Path::new("/"),
     )?;
+    let fence = Fence {
+        container: container.id.clone(),
+        addresses: addresses.clone(),
+    };
     let destination = Effect::Destination {
         peer: migration.request.to.clone(),
         migration: migration.id.clone(),
@@ -34,6 +39,9 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     // Undone from the last to the first: the destination gives up its copy before anything here moves.
     migration.journal.will([
         Effect::Hold { spec: spec.clone() },
+        Effect::Fenced {
+            fence: fence.clone(),
+        },
         Effect::Frozen {
             freezer: freezer.clone(),
         },
@@ -41,6 +49,7 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         destination,
     ])?;
     migration.freezer = Some(freezer);
+    migration.fence = Some(fence);
     migration.held_since = Some(Instant::now());
     migration.hands.hold = Some(Hold::start(spec).await?);
     Ok(())

@@ -42,8 +42,8 @@ pub(crate) use undo::{Hands, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
-use crate::conntrack::Flow;
 use crate::conntrack::hold::HoldReport;
+use crate::conntrack::{Fence, Flow};
 use crate::criu::{DumpStats, Freezer};
 use crate::tunnel::HopId;
 use crate::{Error, Result};
@@ -81,6 +81,7 @@ struct Migration<'a> {
     _lock: Lock,
     hop: Option<HopId>,
     freezer: Option<Freezer>,
+    fence: Option<Fence>,
     frozen: Option<freeze::Frozen>,
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
@@ -120,6 +121,7 @@ impl<'a> Migration<'a> {
             _lock: lock,
             hop: None,
             freezer: None,
+            fence: None,
             frozen: None,
             flows: Vec::new(),
             stream: None,

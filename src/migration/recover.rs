@@ -72,8 +72,10 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
             });
         }
     };
-    for effect in journal.effects() {
+    // From the last to the first: the container goes while it is still fenced.
+    for effect in journal.effects().iter().rev() {
         match effect {
+            Effect::Fenced { fence } => note("the fence", fence.remove().await.map_err(Into::into)),
             Effect::Forget {
                 container,
                 keep_volumes,

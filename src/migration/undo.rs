@@ -113,6 +113,7 @@ impl Hands {
                 }
                 Ok(conntrack::hold::remove_rules(spec).await?)
             }
+            Effect::Fenced { fence } => Ok(fence.remove().await?),
             Effect::Frozen { freezer } => {
                 let freezer = freezer.clone();
                 Ok(blocking(move || freezer.thaw()).await?)

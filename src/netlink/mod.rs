@@ -18,7 +18,6 @@
 
 pub(crate) mod channel;
 mod error;
-pub mod links;
 mod message;
 mod namespace;
 pub mod sockets;

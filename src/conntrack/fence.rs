@@ -1,0 +1,79 @@
+//! Keeping a frozen container quiet.
+//!
+//! Freezing stops its processes, not its sockets: the kernel goes on acknowledging and retransmitting
+//! for them. While another copy may run, nothing of that may leave:
+//!
+//! - A retransmission carries a timestamp of *now*. The copy's clock goes on from the time of the
+//!   dump, so a peer that has seen the later timestamp discards what the copy sends as old (PAWS,
+//!   RFC 7323, section 5) until its clock has caught up: as long again as the move took.
+//! - When the frozen container is removed in the end, its sockets say goodbye to peers that are
+//!   talking to the copy.
+//!
+//! So what comes from its addresses is dropped, before connection tracking sees it: a reset would
+//! end the flow there too. What comes out of a hop is not meant; that is the copy.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Result;
+use super::ruleset::{self, add_empty, rule};
+use crate::podman::ContainerId;
+
+/// A container that is kept quiet. It is a value that a journal can keep.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// The container.
+    pub container: ContainerId,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Fence {
+    fn chain(&self) -> String {
+        format!("fence_{}", self.container.short())
+    }
+
+    /// Keeps the container quiet from here on.
+    ///
+    /// # Errors
+    /// When `nft` cannot be run, or refuses.
+    pub async fn install(&self) -> Result<()> {
+        let chain = self.chain();
+        let mut commands = ruleset::base();
+        commands.extend(add_empty(&chain));
+        let jump = json!({ "jump": { "target": chain } });
+        commands.push(ruleset::named_rule(ruleset::NEW, &chain, &[jump]));
+        for address in &self.addresses {
+            let family = if address.is_ipv4() { "ip" } else { "ip6" };
+            let matches = |op: &str, left: Value, right: Value| json!({ "match": { "op": op, "left": left, "right": right } });
+            let source = json!({ "payload": { "protocol": family, "field": "saddr" } });
+            let statements = [
+                matches(
+                    "!=",
+                    json!({ "meta": { "key": "iifname" } }),
+                    json!("livemig*"),
+                ),
+                matches("==", source, json!(address)),
+                json!({ "drop": null }),
+            ];
+            commands.push(rule(&chain, &statements));
+        }
+        ruleset::apply("keep the frozen container quiet", commands).await
+    }
+
+    /// Lets it speak again. It is no error if nothing keeps it from that.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked, or refuses.
+    pub async fn remove(&self) -> Result<()> {
+        const DOING: &str = "let the container speak again";
+        let chain = self.chain();
+        ruleset::blocking(DOING, move |rules| {
+            rules.remove(DOING, &[chain], Vec::new)?;
+            rules.remove_unused()
+        })
+        .await
+    }
+}
