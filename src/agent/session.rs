@@ -172,12 +172,12 @@ impl Sessions {
         let path: Vec<&str> = head.uri.path().trim_start_matches('/').split('/').collect();
         match (&head.method, path.as_slice()) {
             (&Method::POST, ["v1", "assess"]) => {
-                let offer: Offer = body.json().await.map_err(unreadable)?;
+                let offer: Offer = body.json().await?;
                 said(self.assess(&offer).await)
             }
             (&Method::POST, ["v1", "migrations", id]) => {
                 let id = number(id)?;
-                let prepare: Prepare = body.json().await.map_err(unreadable)?;
+                let prepare: Prepare = body.json().await?;
                 said(self.prepare(&caller, id, prepare).await)
             }
             (&Method::PUT, ["v1", "migrations", id, "image"]) => {
@@ -517,14 +517,6 @@ impl Handler for Sessions {
 fn number(text: &str) -> Result<MigrationId, Refusal> {
     text.parse()
         .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, "bad-request", format!("{error}")))
-}
-
-fn unreadable(error: super::Error) -> Refusal {
-    Refusal::new(
-        StatusCode::BAD_REQUEST,
-        "bad-request",
-        crate::error::with_sources(&error),
-    )
 }
 
 /// An answer, or the refusal that an error is.
