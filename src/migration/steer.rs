@@ -37,7 +37,7 @@ pub(super) async fn mark(
     for marked in table.set_mark_all(marks.collect()).await? {
         match marked {
             // It ended since it was read.
-            Err(error) if error.is_not_found() => {}
+            Err(error) if error.is_gone() => {}
             other => other?,
         }
     }
@@ -50,9 +50,10 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
         .hold
         .take()
         .ok_or(Error::OutOfOrder("hold"))?;
-    migration.held = hold.release(To::Destination).await?;
+    // Packets pass within a millisecond from here; what takes longer is removing the rules.
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
     }
+    migration.held = hold.release(To::Destination).await?;
     Ok(())
 }

@@ -221,7 +221,7 @@ async fn delete_flows(addresses: &[IpAddr], hop: HopId) -> Result<()> {
 /// A connection may end at any moment.
 fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
     match result {
-        Err(error) if error.is_not_found() => Ok(()),
+        Err(error) if error.is_gone() => Ok(()),
         other => other,
     }
 }
