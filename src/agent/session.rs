@@ -131,6 +131,21 @@ impl Sessions {
         Ok(path.exists().then(|| Journal::open(&path)).transpose()?)
     }
 
+    /// Where a migration stands that an earlier agent of this host began.
+    async fn stage_left_behind(&self, id: &MigrationId) -> Result<Status, Error> {
+        let journal = self.left_behind(id)?;
+        let mut stage = Stage::Unknown;
+        for effect in journal.iter().flat_map(Journal::effects) {
+            if let Some(container) = effect.restored()
+                && self.podman.exists(container.as_str()).await?
+                && self.podman.inspect(container.as_str()).await?.is_running()
+            {
+                stage = Stage::Running;
+            }
+        }
+        Ok(Status { stage })
+    }
+
     /// Undoes, for as long as the agent runs, the migrations whose source has gone silent before
     /// anything runs here.
     pub async fn look_after(self: Arc<Self>) {
@@ -221,12 +236,13 @@ impl Sessions {
                 }
             }
             (&Method::GET, ["v1", "migrations", id]) => {
-                number(id)?;
-                let stage = match self.find(&caller, id) {
-                    Ok((_, session)) => session.lock().await.stage,
-                    Err(_) => Stage::Unknown,
-                };
-                reply::json(&Status { stage })
+                let id = number(id)?;
+                match self.find(&caller, id.as_str()) {
+                    Ok((_, session)) => reply::json(&Status {
+                        stage: session.lock().await.stage,
+                    }),
+                    Err(_) => said(self.stage_left_behind(&id).await),
+                }
             }
             _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,

@@ -47,6 +47,11 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         },
         Effect::Steered { addresses, hop },
         destination,
+        // Done last if all goes well, and first if a crash has to be finished: while it is fenced.
+        Effect::Forget {
+            container: container.id.clone(),
+            keep_volumes: migration.request.keep_volumes,
+        },
     ])?;
     migration.freezer = Some(freezer);
     migration.fence = Some(fence);
