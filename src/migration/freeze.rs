@@ -31,8 +31,13 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     let staging = migration.request.config.staging_dir();
     std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
     let changed = async { Ok(DeltaFile::make(layers(container)?, staging).await?) };
-    let fence = migration.fence.clone().ok_or(Error::OutOfOrder("fence"))?;
-    let fenced = async { Ok(fence.install().await?) };
+    let fence = migration.fence.clone();
+    let fenced = async {
+        match fence {
+            Some(fence) => Ok(fence.install().await?),
+            None => Ok(()),
+        }
+    };
     let (checkpoint, changed, flows, ()) = futures::try_join!(
         checkpoint(&migration.hands.podman, container),
         changed,

@@ -4,12 +4,12 @@
 //! released, so that the release itself is all that is left to do when the destination says "running".
 
 use super::{Migration, check};
+use crate::Result;
 use crate::conntrack::hold::To;
 use crate::conntrack::{Flow, Table};
 use crate::netlink::Namespace;
 use crate::podman::{Container, Network};
 use crate::tunnel::HopId;
-use crate::{Error, Result};
 
 /// Reads a container's flows and points each at the hop.
 ///
@@ -45,12 +45,10 @@ pub(super) async fn mark(
 }
 
 pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
-    let hold = migration
-        .hands
-        .hold
-        .take()
-        .ok_or(Error::OutOfOrder("hold"))?;
-    migration.held = hold.release(To::Destination).await?;
+    // One without an address has none.
+    if let Some(hold) = migration.hands.hold.take() {
+        migration.held = hold.release(To::Destination).await?;
+    }
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
     }
