@@ -38,7 +38,7 @@ pub(crate) use prepare::{mtu, tunnels};
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
 pub use request::Request;
-pub(crate) use undo::{Hands, unwind};
+pub(crate) use undo::{Hands, leave_hop, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
@@ -107,7 +107,7 @@ impl<'a> Migration<'a> {
             podman,
             lock,
         } = ready;
-        let id = MigrationId::random().map_err(|source| Error::Random(source))?;
+        let id = MigrationId::random().map_err(Error::Random)?;
         let journal = Journal::create(&request.config.outgoing_dir(), &id)?;
         Ok(Migration {
             request,
@@ -183,15 +183,14 @@ impl<'a> Migration<'a> {
         });
         let outcome = undo::unwind(&mut self.hands, &self.journal, self.clock.observer).await;
         match outcome {
-            Ok(leftovers) => {
-                let mut leftovers = leftovers;
-                if leftovers.is_empty() {
-                    if let Err(error) = self.journal.close() {
-                        leftovers.push(Leftover {
-                            effect: "the journal".to_owned(),
-                            failure: error.to_string(),
-                        });
-                    }
+            Ok(mut leftovers) => {
+                if leftovers.is_empty()
+                    && let Err(error) = self.journal.close()
+                {
+                    leftovers.push(Leftover {
+                        effect: "the journal".to_owned(),
+                        failure: error.to_string(),
+                    });
                 }
                 Error::RolledBack {
                     phase,

@@ -37,7 +37,7 @@ pub(super) async fn mark(
     for marked in table.set_mark_all(marks.collect()).await? {
         match marked {
             // It ended since it was read.
-            Err(error) if error.is_not_found() => {}
+            Err(error) if error.is_gone() => {}
             other => other?,
         }
     }
@@ -45,12 +45,13 @@ pub(super) async fn mark(
 }
 
 pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
+    // Packets pass within a millisecond from here; what takes longer is removing the rules.
+    if let Some(since) = migration.held_since {
+        migration.downtime = since.elapsed();
+    }
     // One without an address has none.
     if let Some(hold) = migration.hands.hold.take() {
         migration.held = hold.release(To::Destination).await?;
-    }
-    if let Some(since) = migration.held_since {
-        migration.downtime = since.elapsed();
     }
     Ok(())
 }

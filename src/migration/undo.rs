@@ -192,9 +192,16 @@ impl Hands {
 }
 
 /// Gives back a share in a hop; the last one takes the hop down.
-pub(super) async fn leave_hop(config: &Config, user: &str) -> Result<()> {
+pub(crate) async fn leave_hop(config: &Config, user: &str) -> Result<()> {
     let tunnels = tunnels(config);
-    for hop in tunnels.registry().forget(user)? {
+    tunnels.registry().forget(user)?;
+    // Also one that somebody forgot, and died before it was down.
+    for hop in tunnels
+        .registry()
+        .list()?
+        .into_iter()
+        .filter(|hop| hop.users.is_empty())
+    {
         // Somebody else may have taken a share meanwhile.
         if tunnels.down_if_unused(&hop.spec).await? {
             steer::remove(hop.spec.hop).await?;
@@ -234,7 +241,7 @@ async fn delete_flows(addresses: &[IpAddr], hop: HopId) -> Result<()> {
 /// A connection may end at any moment.
 fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
     match result {
-        Err(error) if error.is_not_found() => Ok(()),
+        Err(error) if error.is_gone() => Ok(()),
         other => other,
     }
 }
