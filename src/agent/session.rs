@@ -418,6 +418,7 @@ impl Sessions {
             Effect::Restored {
                 container: container.id.clone(),
                 volumes,
+                ports: container.ports.clone(),
             },
         ])?;
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
