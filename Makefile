@@ -42,10 +42,10 @@ prepare: ## install what tests need, build and cache the hosts' file system and 
 test: prepare ## all tests (root: hosts are made of namespaces)
 	cargo build --all-targets
 	if cargo nextest --version >/dev/null 2>&1; then \
-		cargo nextest run --all-targets --no-fail-fast; \
+		cargo nextest run --lib --bins --tests --no-fail-fast; \
 	else \
 		echo "cargo-nextest is not installed: one test at a time"; \
-		cargo test --all-targets --no-fail-fast -- --test-threads=1; \
+		cargo test --lib --bins --tests --no-fail-fast -- --test-threads=1; \
 	fi
 	cargo test --doc
 

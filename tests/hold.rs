@@ -183,6 +183,36 @@ fn a_release_under_traffic_loses_and_reorders_nothing() {
 }
 
 #[test]
+fn holds_and_hops_that_come_and_go_do_not_cost_others_their_packets() {
+    let net = Net::new();
+    let before = net.ruleset("host");
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    within(&net.host, async || {
+        let started = Instant::now();
+        let hold = Hold::start(spec()).await.unwrap();
+        println!("start: {:?}", started.elapsed());
+        for n in 0..100 {
+            send(&client, n, "192.0.2.1:8080");
+        }
+        until("all is held", || hold.held() == 100);
+        let other = HoldSpec::new(QUEUE + 1, vec![address("10.88.0.6")]);
+        let other = Hold::start(other).await.unwrap();
+        steer::install(hop(9)).await.unwrap();
+        other.release(To::Destination).await.unwrap();
+        steer::remove(hop(9)).await.unwrap();
+        let started = Instant::now();
+        let report = hold.release(To::Source).await.unwrap();
+        println!("release: {:?}", started.elapsed());
+        assert_eq!(report.released, 100);
+        for n in 0..100 {
+            assert_eq!(number(&server), n);
+        }
+        assert_eq!(net.ruleset("host"), before);
+    });
+}
+
+#[test]
 fn connections_wait_and_go_on() {
     let net = Net::new();
     let listener = net

@@ -6,6 +6,8 @@
 //!    │  ◀────────────────────────────────── Assessment
 //!    │  POST /v1/migrations/ID     Prepare ────────────▶  hop, networks
 //!    │  ◀──────────────────────────────────── Prepared
+//!    │  POST /v1/migrations/ID/probe ──────────────────▶  packets of full size come through the hop
+//!    │  ◀───────────────────────────────────── Nothing
 //!    │  PUT  /v1/migrations/ID/image   bytes ──────────▶  only if it lacks the image
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │              ── hold, freeze: the downtime begins ──

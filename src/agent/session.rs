@@ -58,6 +58,8 @@ struct Session {
     hop: Option<HopId>,
     journal: Journal,
     heard_of: Instant,
+    /// How many flows came along.
+    flows: usize,
 }
 
 impl Sessions {
@@ -129,6 +131,21 @@ impl Sessions {
         Ok(path.exists().then(|| Journal::open(&path)).transpose()?)
     }
 
+    /// Where a migration stands that an earlier agent of this host began.
+    async fn stage_left_behind(&self, id: &MigrationId) -> Result<Status, Error> {
+        let journal = self.left_behind(id)?;
+        let mut stage = Stage::Unknown;
+        for effect in journal.iter().flat_map(Journal::effects) {
+            if let Some(container) = effect.restored()
+                && self.podman.exists(container.as_str()).await?
+                && self.podman.inspect(container.as_str()).await?.is_running()
+            {
+                stage = Stage::Running;
+            }
+        }
+        Ok(Status { stage })
+    }
+
     /// Undoes, for as long as the agent runs, the migrations whose source has gone silent before
     /// anything runs here.
     pub async fn look_after(self: Arc<Self>) {
@@ -172,13 +189,19 @@ impl Sessions {
         let path: Vec<&str> = head.uri.path().trim_start_matches('/').split('/').collect();
         match (&head.method, path.as_slice()) {
             (&Method::POST, ["v1", "assess"]) => {
-                let offer: Offer = body.json().await.map_err(unreadable)?;
+                let offer: Offer = body.json().await?;
                 said(self.assess(&offer).await)
             }
             (&Method::POST, ["v1", "migrations", id]) => {
                 let id = number(id)?;
-                let prepare: Prepare = body.json().await.map_err(unreadable)?;
+                let prepare: Prepare = body.json().await?;
                 said(self.prepare(&caller, id, prepare).await)
+            }
+            (&Method::POST, ["v1", "migrations", id, "probe"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                session.heard_of = Instant::now();
+                said(self.probe(&session).await)
             }
             (&Method::PUT, ["v1", "migrations", id, "image"]) => {
                 let (_, session) = self.find(&caller, id)?;
@@ -195,7 +218,7 @@ impl Sessions {
             (&Method::POST, ["v1", "migrations", id, "commit"]) => {
                 let id = number(id)?;
                 match self.find(&caller, id.as_str()) {
-                    Ok((id, session)) => said(self.commit(&id, &mut *session.lock().await)),
+                    Ok((id, session)) => said(self.commit(&id, &mut *session.lock().await).await),
                     // Told twice, it is committed once.
                     Err(_) => said(self.left_behind(&id).and_then(|journal| {
                         if let Some(journal) = journal {
@@ -213,12 +236,13 @@ impl Sessions {
                 }
             }
             (&Method::GET, ["v1", "migrations", id]) => {
-                number(id)?;
-                let stage = match self.find(&caller, id) {
-                    Ok((_, session)) => session.lock().await.stage,
-                    Err(_) => Stage::Unknown,
-                };
-                reply::json(&Status { stage })
+                let id = number(id)?;
+                match self.find(&caller, id.as_str()) {
+                    Ok((_, session)) => reply::json(&Status {
+                        stage: session.lock().await.stage,
+                    }),
+                    Err(_) => said(self.stage_left_behind(&id).await),
+                }
             }
             _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
@@ -251,6 +275,7 @@ impl Sessions {
             hop: None,
             journal,
             heard_of: Instant::now(),
+            flows: 0,
         }));
         let mut session = state.clone().lock_owned().await;
         self.sessions().insert(
@@ -302,10 +327,22 @@ impl Sessions {
         let own = tunnels
             .open(hop, migration::mtu(&session.offer.networks))
             .await?;
-        tunnels.connect(hop, theirs, caller.remote.ip()).await?;
+        // The guard first: from the moment the peer is let in, packets can come.
         steer::install(hop).await?;
+        tunnels.connect(hop, theirs, caller.remote.ip()).await?;
         session.hop = Some(hop);
         Ok(Prepared { hop: own })
+    }
+
+    /// Makes sure that packets of full size come through the hop, and sends some back.
+    async fn probe(&self, session: &Session) -> Result<Nothing, Error> {
+        let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
+        let tunnels = migration::tunnels(&self.config);
+        tunnels
+            .verify_full_size(hop, self.config.handshake_timeout)
+            .await?;
+        tunnels.verify(hop, self.config.handshake_timeout).await?;
+        Ok(Nothing {})
     }
 
     /// Takes the container's image.
@@ -353,6 +390,7 @@ impl Sessions {
         match restored {
             Ok(running) => {
                 session.stage = Stage::Running;
+                session.flows = running.flows;
                 session.heard_of = Instant::now();
                 tracing::info!(migration = %id, container = %session.offer.container.id, "the container runs");
                 Ok(running)
@@ -380,6 +418,7 @@ impl Sessions {
             Effect::Restored {
                 container: container.id.clone(),
                 volumes,
+                ports: container.ports.clone(),
             },
         ])?;
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
@@ -423,11 +462,15 @@ impl Sessions {
     }
 
     /// The source has let go: from now on the container is this host's.
-    fn commit(&self, id: &MigrationId, session: &mut Session) -> Result<Nothing, Error> {
+    async fn commit(&self, id: &MigrationId, session: &mut Session) -> Result<Nothing, Error> {
         if session.stage != Stage::Running {
             return Err(Error::OutOfOrder("running container"));
         }
         session.journal.commit()?;
+        // A hop that no connection needs would only be in the way.
+        if session.flows == 0 {
+            migration::leave_hop(&self.config, id.as_str()).await?;
+        }
         self.close(id, session)?;
         Ok(Nothing {})
     }
@@ -517,14 +560,6 @@ impl Handler for Sessions {
 fn number(text: &str) -> Result<MigrationId, Refusal> {
     text.parse()
         .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, "bad-request", format!("{error}")))
-}
-
-fn unreadable(error: super::Error) -> Refusal {
-    Refusal::new(
-        StatusCode::BAD_REQUEST,
-        "bad-request",
-        crate::error::with_sources(&error),
-    )
 }
 
 /// An answer, or the refusal that an error is.

@@ -86,15 +86,6 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the kernel knows no such connection: it ended, perhaps a moment ago.
-    pub fn is_not_found(&self) -> bool {
-        let reason = match self {
-            Error::Netlink(source) | Error::Connection { source, .. } => source.errno(),
-            _ => None,
-        };
-        reason == Some(rustix::io::Errno::NOENT)
-    }
-
     /// What the operator can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {

@@ -8,7 +8,7 @@ use neli::consts::socket::NlFamily;
 use rustix::io::Errno;
 
 use super::entry::naming;
-use super::wire::{self, AF_INET, AF_INET6, AF_UNSPEC, cta};
+use super::wire::{self, AF_INET, AF_INET6, AF_UNSPEC, cta, filter};
 use super::{Entry, Error, Events, Mark, Result, Tuple};
 use crate::netlink::{self, Body, Channel, Namespace, Request};
 
@@ -81,7 +81,8 @@ impl Table {
     /// Every connection.
     pub async fn dump(&self, family: Family) -> Result<Vec<Entry>> {
         self.with("list connections", move |channel| {
-            dump(channel, family, |_| true)
+            let request = Request::new(wire::CT_GET, Body::netfilter(family.number(), 0));
+            dump(channel, &request, |_| true)
         })
         .await
     }
@@ -90,9 +91,7 @@ impl Table {
     /// it opened.
     pub async fn dump_container(&self, address: IpAddr) -> Result<Vec<Entry>> {
         self.with("list connections", move |channel| {
-            dump(channel, Family::of(address), |entry| {
-                entry.concerns(address)
-            })
+            dump_container(channel, address)
         })
         .await
     }
@@ -222,15 +221,58 @@ fn refused(doing: &'static str, original: &Tuple, source: netlink::Error) -> Err
 
 fn dump(
     channel: &mut Channel,
-    family: Family,
+    request: &Request,
     wanted: impl Fn(&Entry) -> bool,
 ) -> Result<Vec<Entry>> {
-    let request = Request::new(wire::CT_GET, Body::netfilter(family.number(), 0));
-    Ok(
-        channel.dump("list connections", &request, |found, message| {
-            found.extend(Entry::decode(message).filter(&wanted));
-        })?,
-    )
+    Ok(channel.dump("list connections", request, |found, message| {
+        found.extend(Entry::decode(message).filter(&wanted));
+    })?)
+}
+
+/// Two dumps, by the source of either direction, that the kernel filters: a host may have hundreds
+/// of thousands of connections, and the container is frozen while this runs. Kernels before 5.8 do
+/// not know the filter and send everything, so it is looked at here again.
+///
+/// For IPv6 the kernel's filter is of no use: it lets through what does *not* match (seen with 6.18;
+/// `ctnetlink_filter_match_tuple` of `net/netfilter/nf_conntrack_netlink.c`).
+fn dump_container(channel: &mut Channel, address: IpAddr) -> Result<Vec<Entry>> {
+    if address.is_ipv6() {
+        let request = Request::new(wire::CT_GET, Body::netfilter(Family::V6.number(), 0));
+        return dump(channel, &request, |entry| entry.concerns(address));
+    }
+    let mut outbound = dump(
+        channel,
+        &by_source(cta::TUPLE_ORIG, filter::ORIG_FLAGS, address),
+        |entry| entry.original.source == address,
+    )?;
+    let inbound = dump(
+        channel,
+        &by_source(cta::TUPLE_REPLY, filter::REPLY_FLAGS, address),
+        // With both it talks to itself, and has been seen.
+        |entry| entry.reply.source == address && entry.original.source != address,
+    )?;
+    outbound.extend(inbound);
+    Ok(outbound)
+}
+
+fn by_source(tuple: u16, flags: u16, address: IpAddr) -> Request {
+    let mut body = Body::netfilter(Family::of(address).number(), 0);
+    body.nest(tuple, |body| {
+        body.nest(wire::tuple::IP, |body| {
+            match address {
+                IpAddr::V4(a) => body.leaf(wire::ip::V4_SRC, &a.octets()),
+                IpAddr::V6(a) => body.leaf(wire::ip::V6_SRC, &a.octets()),
+            };
+        });
+    });
+    body.nest(cta::FILTER, |body| {
+        // Both have to be there; the other direction is not looked at.
+        for kind in [filter::ORIG_FLAGS, filter::REPLY_FLAGS] {
+            let bits = if kind == flags { filter::F_IP_SRC } else { 0 };
+            body.leaf(kind, &bits.to_ne_bytes());
+        }
+    });
+    Request::new(wire::CT_GET, body)
 }
 
 fn get(channel: &mut Channel, original: &Tuple, zone: u16) -> Result<Option<Entry>> {

@@ -42,6 +42,14 @@ pub mod cta {
     pub const FILTER: u16 = 25;
 }
 
+/// `enum ctattr_filter`, and `CTA_FILTER_F_CTA_IP_SRC` of
+/// `net/netfilter/nf_conntrack_netlink.c`.
+pub mod filter {
+    pub const ORIG_FLAGS: u16 = 1;
+    pub const REPLY_FLAGS: u16 = 2;
+    pub const F_IP_SRC: u32 = 1;
+}
+
 /// `enum ctattr_tuple`.
 pub mod tuple {
     pub const IP: u16 = 1;

@@ -1,11 +1,12 @@
-//! The source forgets the container. From the first line on there is no way back.
+//! The source forgets the container. There is no way back: nothing here fails, what cannot be done is
+//! reported.
 
 use std::time::Duration;
 
 use hyper::Method;
 
 use super::undo::leave_hop;
-use super::{Effect, Leftover, Migration};
+use super::{Leftover, Migration};
 use crate::Result;
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
@@ -13,11 +14,10 @@ use crate::podman::{Client, Container, RemoveOptions};
 pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     let container = migration.preflight.container.clone();
     let keep_volumes = migration.request.keep_volumes;
-    migration.journal.will([Effect::Forget {
-        container: container.id.clone(),
-        keep_volumes,
-    }])?;
-    migration.journal.commit()?;
+    // Not written, a crash from here on is still finished and not undone: the destination says that
+    // the container runs there.
+    let written = migration.journal.commit();
+    migration.note("the journal", written.map_err(Into::into));
 
     let path = format!("/v1/migrations/{}/commit", migration.id);
     let told = migration
@@ -31,7 +31,10 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     for (what, result) in forget(&migration.hands.podman, &container, keep_volumes).await {
         migration.note(what, result);
     }
-    if let Some(fence) = migration.fence.take() {
+    // What could not be removed stays quiet.
+    if let Some(fence) = migration.fence.take()
+        && migration.leftovers.is_empty()
+    {
         migration.note(
             "the rule that kept it quiet",
             fence.remove().await.map_err(Into::into),
@@ -51,7 +54,7 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
 
 impl Migration<'_> {
     /// Past the point of no return nothing fails; what did not work is reported.
-    fn note(&mut self, what: &str, result: Result<()>) {
+    pub(super) fn note(&mut self, what: &str, result: Result<()>) {
         if let Err(error) = result {
             tracing::warn!(what, %error, "could not be tidied");
             self.leftovers.push(Leftover {

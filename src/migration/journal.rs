@@ -9,6 +9,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::effect::Effect;
@@ -20,6 +21,12 @@ const LARGEST: u64 = 64 << 20;
 /// A journal could not be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
+    /// The process that keeps it is still at work.
+    #[error("the migration of the journal {} is still under way", path.display())]
+    InUse {
+        /// Which file.
+        path: PathBuf,
+    },
     /// The file system said no.
     #[error("cannot {doing} the journal {}: {source}", path.display())]
     Io {
@@ -83,6 +90,7 @@ impl Journal {
             .mode(0o600)
             .open(&path)
             .map_err(io("begin"))?;
+        own(&file, &path)?;
         // The name itself has to survive a power cut, not only what is in the file.
         File::open(dir)
             .and_then(|dir| dir.sync_all())
@@ -114,6 +122,7 @@ impl Journal {
             .append(true)
             .open(path)
             .map_err(io("open"))?;
+        own(&file, path)?;
         let mut effects = Vec::new();
         let mut committed = false;
         let mut lines = BufReader::new((&file).take(LARGEST))
@@ -211,6 +220,15 @@ impl Journal {
         self.file.write_all(&text).map_err(io("write"))?;
         self.file.sync_data().map_err(io("sync"))
     }
+}
+
+/// Makes a journal this process's own, until it ends: nobody recovers what is still being done.
+fn own(file: &File, path: &Path) -> Result<(), JournalError> {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        JournalError::InUse {
+            path: path.to_owned(),
+        }
+    })
 }
 
 /// The journals that lie in a directory, oldest first.

@@ -38,7 +38,7 @@ pub(crate) use prepare::{mtu, tunnels};
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
 pub use request::Request;
-pub(crate) use undo::{Hands, unwind};
+pub(crate) use undo::{Hands, leave_hop, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
@@ -64,6 +64,10 @@ pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<R
     let mut migration = Migration::begin(request, ready, clock)?;
     match migration.forward().await {
         Ok(()) => Ok(migration.report()),
+        Err(error) if migration.let_go => {
+            migration.note("finishing", Err(error));
+            Ok(migration.report())
+        }
         Err(cause) => Err(migration.roll_back(cause).await),
     }
 }
@@ -86,6 +90,8 @@ struct Migration<'a> {
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
     held_since: Option<Instant>,
+    /// Whether the world may have heard of the copy at the destination.
+    let_go: bool,
     downtime: Duration,
     held: HoldReport,
     dump: Option<DumpStats>,
@@ -107,7 +113,7 @@ impl<'a> Migration<'a> {
             podman,
             lock,
         } = ready;
-        let id = MigrationId::random().map_err(|source| Error::Random(source))?;
+        let id = MigrationId::random().map_err(Error::Random)?;
         let journal = Journal::create(&request.config.outgoing_dir(), &id)?;
         Ok(Migration {
             request,
@@ -126,6 +132,7 @@ impl<'a> Migration<'a> {
             flows: Vec::new(),
             stream: None,
             held_since: None,
+            let_go: false,
             downtime: Duration::ZERO,
             held: HoldReport::default(),
             dump: None,
@@ -166,6 +173,9 @@ impl<'a> Migration<'a> {
 
     /// Whether somebody wants it to end before `next` begins.
     fn may_go_on(&self, next: Phase) -> Result<()> {
+        if self.let_go {
+            return Ok(());
+        }
         if self.request.cancel.is_cancelled() {
             return Err(Error::Interrupted(self.clock.phase()));
         }
@@ -183,15 +193,14 @@ impl<'a> Migration<'a> {
         });
         let outcome = undo::unwind(&mut self.hands, &self.journal, self.clock.observer).await;
         match outcome {
-            Ok(leftovers) => {
-                let mut leftovers = leftovers;
-                if leftovers.is_empty() {
-                    if let Err(error) = self.journal.close() {
-                        leftovers.push(Leftover {
-                            effect: "the journal".to_owned(),
-                            failure: error.to_string(),
-                        });
-                    }
+            Ok(mut leftovers) => {
+                if leftovers.is_empty()
+                    && let Err(error) = self.journal.close()
+                {
+                    leftovers.push(Leftover {
+                        effect: "the journal".to_owned(),
+                        failure: error.to_string(),
+                    });
                 }
                 Error::RolledBack {
                     phase,

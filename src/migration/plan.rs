@@ -33,7 +33,7 @@ pub struct Step {
 /// Looks at both hosts and says what a migration would do. Changes nothing.
 ///
 /// # Errors
-/// As [`check`](super::check).
+/// As [`check`](fn@super::check).
 pub async fn plan(request: &Request) -> Result<Plan> {
     let preflight = preflight::check(request).await?;
     let steps = steps(&preflight, request);

@@ -75,11 +75,20 @@ async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
     let path = format!("/v1/migrations/{}", migration.id);
     let prepared: Prepared = migration.connection.call(Method::POST, &path, &ask).await?;
 
+    // The guard first: from the moment the peer is let in, packets can come.
+    steer::install(id).await?;
     tunnels
         .connect(id, &prepared.hop, migration.connection.peer_addr().ip())
         .await?;
-    steer::install(id).await?;
-    tunnels.verify(id, config.handshake_timeout).await?;
+    let patience = config.handshake_timeout;
+    tunnels.verify(id, patience).await?;
+    // A path may carry handshakes and yet swallow packets of full size.
+    let path = format!("{path}/probe");
+    let Nothing {} = migration
+        .connection
+        .call(Method::POST, &path, &Nothing {})
+        .await?;
+    tunnels.verify_full_size(id, patience).await?;
     Ok(())
 }
 

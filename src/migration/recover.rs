@@ -1,14 +1,16 @@
 //! Finishing or undoing what an interrupted migration left on this host.
 
+use hyper::Method;
 use serde::Serialize;
 
 use super::commit;
-use super::effect::Effect;
+use super::effect::{Asked, Effect};
 use super::event::Observer;
-use super::journal::{Journal, left_behind};
-use super::preflight::{must_be_root, podman};
+use super::journal::{Journal, JournalError, left_behind};
+use super::preflight::{connect, must_be_root, peer, podman};
 use super::report::Leftover;
 use super::undo::{Hands, unwind};
+use crate::agent::protocol::{MigrationId, Nothing, Stage, Status};
 use crate::{Config, Error, Result};
 
 /// What became of one interrupted migration.
@@ -32,13 +34,16 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
     must_be_root()?;
     let mut recovered = Vec::new();
     for path in left_behind(&config.outgoing_dir())? {
-        let journal = Journal::open(&path)?;
+        let journal = match Journal::open(&path) {
+            Err(JournalError::InUse { .. }) => continue,
+            journal => journal?,
+        };
         let migration = path
             .file_stem()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
         let mut hands = Hands::new(config.clone(), podman(config)?);
-        let finished = journal.committed();
+        let finished = journal.committed() || runs_elsewhere(config, &journal).await?;
         let leftovers = if finished {
             finish(&hands, &journal).await
         } else {
@@ -61,7 +66,38 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
     Ok(recovered)
 }
 
-/// Does what a commit had begun.
+/// Whether the destination runs the container. Then the world may have heard of it, and it stays.
+///
+/// # Errors
+/// [`Error::InDoubt`] if the destination was asked to restore it and does not answer now.
+async fn runs_elsewhere(config: &Config, journal: &Journal) -> Result<bool> {
+    for effect in journal.effects() {
+        let Effect::Destination {
+            peer: name,
+            migration,
+            asked: Asked::Restore,
+        } = effect
+        else {
+            continue;
+        };
+        let asked = async {
+            let mut connection = connect(config, &peer(config, name)?).await?;
+            let path = format!("/v1/migrations/{migration}");
+            let status: Status = connection.call(Method::GET, &path, &Nothing {}).await?;
+            Ok::<_, Error>(status.stage)
+        };
+        let stage = asked.await.map_err(|cause| Error::InDoubt {
+            cause: Box::new(cause),
+            destination: name.clone(),
+        })?;
+        if stage == Stage::Running {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Does what a commit had begun, or would have.
 async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
     let mut leftovers = Vec::new();
     let mut note = |what: &str, result: Result<()>| {
@@ -72,9 +108,19 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
             });
         }
     };
-    // From the last to the first: the container goes while it is still fenced.
+    // From the last to the first, so the container goes while it is still fenced.
     for effect in journal.effects().iter().rev() {
         match effect {
+            Effect::Destination {
+                peer: name,
+                migration,
+                asked: Asked::Restore,
+            } => {
+                note(
+                    "telling the destination",
+                    tell(&hands.config, name, migration).await,
+                );
+            }
             Effect::Fenced { fence } => note("the fence", fence.remove().await.map_err(Into::into)),
             Effect::Forget {
                 container,
@@ -102,4 +148,12 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
         }
     }
     leftovers
+}
+
+/// Tells the destination that the container is its own from now on.
+async fn tell(config: &Config, name: &str, migration: &MigrationId) -> Result<()> {
+    let mut connection = connect(config, &peer(config, name)?).await?;
+    let path = format!("/v1/migrations/{migration}/commit");
+    let Nothing {} = connection.call(Method::POST, &path, &Nothing {}).await?;
+    Ok(())
 }

@@ -15,7 +15,7 @@ use crate::agent::protocol::{MigrationId, Nothing, Undone};
 use crate::conntrack::hold::{Hold, To};
 use crate::conntrack::{self, Table, steer};
 use crate::netlink::Namespace;
-use crate::podman::{Client, ContainerId, RemoveOptions};
+use crate::podman::{Client, ContainerId, PublishedPort, RemoveOptions};
 use crate::tunnel::HopId;
 use crate::{Config, Error, Result};
 
@@ -122,9 +122,11 @@ impl Hands {
             Effect::Network { name } => Ok(self.podman.remove_network(name).await.map(|_| ())?),
             Effect::Image { id } => Ok(self.podman.remove_image(id).await.map(|_| ())?),
             Effect::Flows { addresses, hop } => Ok(delete_flows(addresses, *hop).await?),
-            Effect::Restored { container, volumes } => {
-                Ok(self.remove_copy(container, volumes).await?)
-            }
+            Effect::Restored {
+                container,
+                volumes,
+                ports,
+            } => Ok(self.remove_copy(container, volumes, ports).await?),
         }
     }
 
@@ -164,7 +166,12 @@ impl Hands {
     }
 
     /// Removes a restored container and the volumes that came with it.
-    async fn remove_copy(&self, container: &ContainerId, volumes: &[String]) -> Result<()> {
+    async fn remove_copy(
+        &self,
+        container: &ContainerId,
+        volumes: &[String],
+        ports: &[PublishedPort],
+    ) -> Result<()> {
         let options = RemoveOptions {
             force: true,
             timeout: Some(Duration::ZERO),
@@ -174,14 +181,27 @@ impl Hands {
         for volume in volumes {
             self.podman.remove_volume(volume).await?;
         }
+        // After a restore that failed, Podman's service holds them for minutes, in the way of the
+        // next attempt.
+        let free = || ports.iter().all(|port| port.is_free().unwrap_or(true));
+        if !self.podman.free_leaked_ports(free).await? {
+            tracing::warn!(%container, "its published ports are not free yet");
+        }
         Ok(())
     }
 }
 
 /// Gives back a share in a hop; the last one takes the hop down.
-pub(super) async fn leave_hop(config: &Config, user: &str) -> Result<()> {
+pub(crate) async fn leave_hop(config: &Config, user: &str) -> Result<()> {
     let tunnels = tunnels(config);
-    for hop in tunnels.registry().forget(user)? {
+    tunnels.registry().forget(user)?;
+    // Also one that somebody forgot, and died before it was down.
+    for hop in tunnels
+        .registry()
+        .list()?
+        .into_iter()
+        .filter(|hop| hop.users.is_empty())
+    {
         // Somebody else may have taken a share meanwhile.
         if tunnels.down_if_unused(&hop.spec).await? {
             steer::remove(hop.spec.hop).await?;
@@ -221,7 +241,7 @@ async fn delete_flows(addresses: &[IpAddr], hop: HopId) -> Result<()> {
 /// A connection may end at any moment.
 fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
     match result {
-        Err(error) if error.is_not_found() => Ok(()),
+        Err(error) if error.is_gone() => Ok(()),
         other => other,
     }
 }

@@ -160,6 +160,9 @@ impl Net {
             net.at(inside, "ip route add default via 10.88.0.1");
             net.at(inside, "ip -6 route add default via fd00:88::1");
         }
+        // Even loose reverse-path filtering wants some route back to the container's address, also
+        // when the bridge is gone.
+        net.at("host", "ip route add default via 192.0.2.2");
         // The other host's own way out, which must not be taken.
         link(
             "client",
