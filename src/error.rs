@@ -99,6 +99,14 @@ pub enum Error {
         /// What is left there.
         leftovers: String,
     },
+    /// The other host says no, or could not do its part.
+    #[error("{host} says: {source}")]
+    Elsewhere {
+        /// Its name here.
+        host: String,
+        /// What it says.
+        source: agent::Error,
+    },
     /// A phase was run without what an earlier one has to leave it.
     #[error("the {0} is missing: phases ran out of order")]
     OutOfOrder(&'static str),
@@ -178,7 +186,7 @@ impl Error {
             Error::Agent(agent::Error::UnknownPeer { .. } | agent::Error::BadName { .. }) => {
                 Class::Refused
             }
-            Error::Agent(_) => Class::Unreachable,
+            Error::Agent(_) | Error::Elsewhere { .. } => Class::Unreachable,
             Error::Interrupted(_) | Error::Rehearsed(_) => Class::Interrupted,
             Error::RolledBack { leftovers, .. } if !leftovers.is_empty() => Class::Leftovers,
             Error::RolledBack { cause, .. } if matches!(**cause, Error::Interrupted(_)) => {
@@ -215,6 +223,10 @@ impl Error {
                 agent::Error::Refused { code, .. } => code,
                 _ => "agent",
             },
+            Error::Elsewhere {
+                source: agent::Error::Refused { code, .. },
+                ..
+            } => code,
             Error::Dump { .. } => "dump",
             Error::Restore { .. } => "restore",
             _ => "failed",
@@ -251,6 +263,7 @@ impl Error {
             Error::Conntrack(error) => error.hint(),
             Error::Netlink(error) => error.hint(),
             Error::Agent(error) => error.hint(),
+            Error::Elsewhere { host, source } => Some(format!("on {host}: {}", source.hint()?)),
             _ => None,
         }
     }
@@ -258,6 +271,18 @@ impl Error {
     /// The error with all that it was caused by, in one line.
     pub fn full(&self) -> String {
         with_sources(self)
+    }
+
+    /// An error of a call to the host of this name, which is to be named where it is the one that
+    /// says no.
+    pub(crate) fn of_host(host: &str) -> impl FnOnce(agent::Error) -> Error {
+        move |error| match error {
+            source @ agent::Error::Refused { .. } => Error::Elsewhere {
+                host: host.to_owned(),
+                source,
+            },
+            error => error.into(),
+        }
     }
 
     pub(crate) fn file(

@@ -567,10 +567,11 @@ fn said<T: Serialize>(result: Result<T, Error>) -> Reply {
     match result {
         Ok(answer) => reply::json(&answer),
         Err(error) => {
-            let (status, code) = match error.class() {
-                Class::Refused => (StatusCode::CONFLICT, "refused"),
-                _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+            let status = match error.class() {
+                Class::Refused => StatusCode::CONFLICT,
+                _ => StatusCode::INTERNAL_SERVER_ERROR,
             };
+            let code = error.code().to_owned();
             let mut refusal = Refusal::new(status, code, crate::error::with_sources(&error));
             if let Some(hint) = error.hint() {
                 refusal = refusal.with_hint(hint);

@@ -106,7 +106,10 @@ async fn look(request: &Request) -> Result<(Preflight, Peer, Connection, Client)
         host,
         features,
     };
-    let assessment: Assessment = connection.call(Method::POST, "/v1/assess", &offer).await?;
+    let assessment: Assessment = connection
+        .call(Method::POST, "/v1/assess", &offer)
+        .await
+        .map_err(Error::of_host(&request.to))?;
     findings.extend(assessment.findings.iter().cloned());
     findings.sort_by_key(|finding| finding.severity != Severity::Refuse);
     Ok((
