@@ -36,16 +36,21 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         migration: migration.id.clone(),
         asked: Asked::Restore,
     };
-    // Undone from the last to the first: the destination gives up its copy before anything here moves.
+    // Undone from the last to the first: the destination gives up its copy before anything here
+    // moves, and the container may speak before it moves, or its first words would be lost.
     migration.journal.will([
         Effect::Hold { spec: spec.clone() },
-        Effect::Fenced {
-            fence: fence.clone(),
-        },
         Effect::Frozen {
             freezer: freezer.clone(),
         },
+        Effect::Fenced {
+            fence: fence.clone(),
+        },
         Effect::Steered { addresses, hop },
+        Effect::Forget {
+            container: container.id.clone(),
+            keep_volumes: migration.request.keep_volumes,
+        },
         destination,
     ])?;
     migration.freezer = Some(freezer);

@@ -54,6 +54,10 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
     }
-    migration.held = hold.release(To::Destination).await?;
+    // The first packet that is let go is the point of no return: from here on nothing fails.
+    match hold.release(To::Destination).await {
+        Ok(report) => migration.held = report,
+        Err(error) => migration.note("the packets that waited", Err(error.into())),
+    }
     Ok(())
 }
