@@ -177,6 +177,9 @@ impl Error {
             | Error::Refused { .. }
             | Error::Busy { .. } => Class::Refused,
             Error::NotRehearsable(_) => Class::Usage,
+            Error::Podman(podman::Error::Connect { .. } | podman::Error::Name { .. }) => {
+                Class::Refused
+            }
             Error::Podman(error) if error.is_not_found() => Class::Refused,
             Error::Agent(agent::Error::UnknownPeer { .. } | agent::Error::BadName { .. }) => {
                 Class::Refused
@@ -190,6 +193,37 @@ impl Error {
             Error::RolledBack { .. } => Class::RolledBack,
             Error::InDoubt { .. } => Class::InDoubt,
             _ => Class::Unexpected,
+        }
+    }
+
+    /// What it is in a word that stays the same from version to version, so that scripts can act on
+    /// it. The findings of [`Error::Refused`] have codes of their own.
+    pub fn code(&self) -> &str {
+        match self {
+            Error::NotRoot => "not-root",
+            Error::NoAddress(_) => "no-address",
+            Error::NoPodman(_) | Error::Podman(podman::Error::Connect { .. }) => "no-podman",
+            Error::Refused { .. } => "refused",
+            Error::Busy { .. } => "busy",
+            Error::Interrupted(_) => "interrupted",
+            Error::Rehearsed(_) => "rehearsed",
+            Error::RolledBack { cause, .. } => cause.code(),
+            Error::InDoubt { .. } => "in-doubt",
+            Error::Podman(error) if error.is_not_found() => "not-found",
+            Error::Podman(podman::Error::Name { .. })
+            | Error::Agent(agent::Error::BadName { .. }) => "bad-name",
+            Error::Agent(error) => match error {
+                agent::Error::UnknownPeer { .. } => "unknown-host",
+                agent::Error::Connect { .. } => "unreachable",
+                agent::Error::NotAdmitted { .. } => "not-admitted",
+                agent::Error::WrongHost { .. } => "wrong-host",
+                agent::Error::Protocol { .. } => "protocol-version",
+                agent::Error::Refused { code, .. } => code,
+                _ => "agent",
+            },
+            Error::Dump { .. } => "dump",
+            Error::Restore { .. } => "restore",
+            _ => "failed",
         }
     }
 
@@ -215,6 +249,9 @@ impl Error {
             Error::InDoubt { destination, .. } => Some(format!(
                 "see to it that {destination} answers, then run `livemig recover` here"
             )),
+            Error::Podman(error) if error.is_not_found() => {
+                Some("`livemig ps` lists the containers of this host".to_owned())
+            }
             Error::Podman(error) => error.hint(),
             Error::Dump { .. } | Error::Restore { .. } => None,
             Error::Criu(error) => error.hint(),

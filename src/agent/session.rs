@@ -441,6 +441,7 @@ impl Sessions {
             Effect::Restored {
                 container: container.id.clone(),
                 volumes,
+                ports: container.ports.clone(),
             },
         ])?;
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);

@@ -1,4 +1,5 @@
-//! The source forgets the container. From the first line on there is no way back.
+//! The source forgets the container. There is no way back: nothing here fails, what cannot be done is
+//! reported.
 
 use std::time::Duration;
 

@@ -23,6 +23,12 @@ const LARGEST: u64 = 64 << 20;
 /// A journal could not be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
+    /// The process that keeps it is still at work.
+    #[error("the migration of the journal {} is still under way", path.display())]
+    InUse {
+        /// Which file.
+        path: PathBuf,
+    },
     /// The file system said no.
     #[error("cannot {doing} the journal {}: {source}", path.display())]
     Io {
@@ -32,12 +38,6 @@ pub enum JournalError {
         path: PathBuf,
         /// Why not.
         source: std::io::Error,
-    },
-    /// The process that keeps it is alive.
-    #[error("the journal {} is in use: its migration is under way", path.display())]
-    InUse {
-        /// Which file.
-        path: PathBuf,
     },
     /// A line in the middle is not a journal's.
     #[error("the journal {} is damaged in line {line}: {source}", path.display())]

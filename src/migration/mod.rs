@@ -73,6 +73,10 @@ pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<R
     let mut migration = Migration::begin(request, ready, clock)?;
     match migration.forward().await {
         Ok(()) => Ok(migration.report()),
+        Err(error) if migration.let_go => {
+            migration.note("finishing", Err(error));
+            Ok(migration.report())
+        }
         Err(cause) => Err(migration.roll_back(cause).await),
     }
 }
@@ -95,6 +99,8 @@ struct Migration<'a> {
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
     held_since: Option<Instant>,
+    /// Whether the world may have heard of the copy at the destination.
+    let_go: bool,
     downtime: Duration,
     held: HoldReport,
     dump: Option<DumpStats>,
@@ -135,6 +141,7 @@ impl<'a> Migration<'a> {
             flows: Vec::new(),
             stream: None,
             held_since: None,
+            let_go: false,
             downtime: Duration::ZERO,
             held: HoldReport::default(),
             dump: None,
@@ -175,8 +182,10 @@ impl<'a> Migration<'a> {
 
     /// Whether somebody wants it to end before `next` begins.
     fn may_go_on(&self, next: Phase) -> Result<()> {
-        // When the packets were let go it is too late.
-        if next < Phase::Commit && self.request.cancel.is_cancelled() {
+        if self.let_go {
+            return Ok(());
+        }
+        if self.request.cancel.is_cancelled() {
             return Err(Error::Interrupted(self.clock.phase()));
         }
         match self.request.rehearse {

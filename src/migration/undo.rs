@@ -16,7 +16,7 @@ use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, To};
 use crate::conntrack::{self, Table, steer};
 use crate::netlink::Namespace;
-use crate::podman::{Client, ContainerId, RemoveOptions};
+use crate::podman::{Client, ContainerId, PublishedPort, RemoveOptions};
 use crate::tunnel::HopId;
 use crate::{Config, Error, Result};
 
@@ -155,9 +155,11 @@ impl Hands {
             Effect::Network { name } => Ok(self.podman.remove_network(name).await.map(|_| ())?),
             Effect::Image { id } => Ok(self.podman.remove_image(id).await.map(|_| ())?),
             Effect::Flows { addresses, hop } => Ok(delete_flows(addresses, *hop).await?),
-            Effect::Restored { container, volumes } => {
-                Ok(self.remove_copy(container, volumes).await?)
-            }
+            Effect::Restored {
+                container,
+                volumes,
+                ports,
+            } => Ok(self.remove_copy(container, volumes, ports).await?),
         }
     }
 
@@ -198,7 +200,12 @@ impl Hands {
     }
 
     /// Removes a restored container and the volumes that came with it.
-    async fn remove_copy(&self, container: &ContainerId, volumes: &[String]) -> Result<()> {
+    async fn remove_copy(
+        &self,
+        container: &ContainerId,
+        volumes: &[String],
+        ports: &[PublishedPort],
+    ) -> Result<()> {
         let options = RemoveOptions {
             force: true,
             timeout: Some(Duration::ZERO),
@@ -207,6 +214,12 @@ impl Hands {
         self.podman.remove(container, options).await?;
         for volume in volumes {
             self.podman.remove_volume(volume).await?;
+        }
+        // After a restore that failed, Podman's service holds them for minutes, in the way of the
+        // next attempt.
+        let free = || ports.iter().all(|port| port.is_free().unwrap_or(true));
+        if !self.podman.free_leaked_ports(free).await? {
+            tracing::warn!(%container, "its published ports are not free yet");
         }
         Ok(())
     }

@@ -234,6 +234,7 @@ async fn join(
 }
 
 fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
     let peers = Peers::open(&config.state_dir, &Limits::default())?.list()?;
     if json {
         return Ok(print_json(&peers));

@@ -8,6 +8,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use livemig::migration::{Cargo, Event, Observer};
 use livemig::{Error, Report};
 
+use crate::exit;
+
 /// Renders the events of one migration.
 pub enum Progress {
     /// On a terminal: a line that is written over.
@@ -159,6 +161,9 @@ pub fn summary(report: &Report) {
 pub fn complain(error: &Error, json: bool) {
     if json {
         let report = serde_json::json!({
+            "event": "error",
+            "code": error.code(),
+            "exit_code": exit::number(error),
             "error": error.full(),
             "hint": error.hint(),
             "findings": match error {
