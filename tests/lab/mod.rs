@@ -15,6 +15,8 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+pub mod pair;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
