@@ -46,6 +46,11 @@ pub enum Error {
     /// The rehearsal went as far as it was asked to.
     #[error("rehearsed up to the end of phase {0}")]
     Rehearsed(Phase),
+    /// The rehearsal was to go further than there is a way back.
+    #[error(
+        "phase {0} cannot be rehearsed: once packets are let go, peers have heard the container at the destination, and there is no way back"
+    )]
+    NotRehearsable(Phase),
     /// A step failed, and what came before it was undone.
     #[error("{}; {}", with_sources(cause.as_ref()), aftermath(leftovers))]
     RolledBack {
@@ -98,6 +103,14 @@ pub enum Error {
         peer: String,
         /// What is left there.
         leftovers: String,
+    },
+    /// The other host says no, or could not do its part.
+    #[error("{host} says: {source}")]
+    Elsewhere {
+        /// Its name here.
+        host: String,
+        /// What it says.
+        source: agent::Error,
     },
     /// A phase was run without what an earlier one has to leave it.
     #[error("the {0} is missing: phases ran out of order")]
@@ -171,6 +184,7 @@ impl Error {
             | Error::NoAddress(_)
             | Error::Refused { .. }
             | Error::Busy { .. } => Class::Refused,
+            Error::NotRehearsable(_) => Class::Usage,
             Error::Podman(podman::Error::Connect { .. } | podman::Error::Name { .. }) => {
                 Class::Refused
             }
@@ -178,7 +192,7 @@ impl Error {
             Error::Agent(agent::Error::UnknownPeer { .. } | agent::Error::BadName { .. }) => {
                 Class::Refused
             }
-            Error::Agent(_) => Class::Unreachable,
+            Error::Agent(_) | Error::Elsewhere { .. } => Class::Unreachable,
             Error::Interrupted(_) | Error::Rehearsed(_) => Class::Interrupted,
             Error::RolledBack { leftovers, .. } if !leftovers.is_empty() => Class::Leftovers,
             Error::RolledBack { cause, .. } if matches!(**cause, Error::Interrupted(_)) => {
@@ -215,6 +229,10 @@ impl Error {
                 agent::Error::Refused { code, .. } => code,
                 _ => "agent",
             },
+            Error::Elsewhere {
+                source: agent::Error::Refused { code, .. },
+                ..
+            } => code,
             Error::Dump { .. } => "dump",
             Error::Restore { .. } => "restore",
             _ => "failed",
@@ -235,6 +253,9 @@ impl Error {
                     .collect();
                 (!next.is_empty()).then(|| next.join("; "))
             }
+            Error::NotRehearsable(_) => {
+                Some("the last phase that can be rehearsed is restore".to_owned())
+            }
             Error::Busy { .. } => Some("wait for it to end, or stop that process".to_owned()),
             Error::RolledBack { cause, .. } => cause.hint(),
             Error::InDoubt { destination, .. } => Some(format!(
@@ -251,6 +272,7 @@ impl Error {
             Error::Conntrack(error) => error.hint(),
             Error::Netlink(error) => error.hint(),
             Error::Agent(error) => error.hint(),
+            Error::Elsewhere { host, source } => Some(format!("on {host}: {}", source.hint()?)),
             _ => None,
         }
     }
@@ -258,6 +280,18 @@ impl Error {
     /// The error with all that it was caused by, in one line.
     pub fn full(&self) -> String {
         with_sources(self)
+    }
+
+    /// An error of a call to the host of this name, which is to be named where it is the one that
+    /// says no.
+    pub(crate) fn of_host(host: &str) -> impl FnOnce(agent::Error) -> Error {
+        move |error| match error {
+            source @ agent::Error::Refused { .. } => Error::Elsewhere {
+                host: host.to_owned(),
+                source,
+            },
+            error => error.into(),
+        }
     }
 
     pub(crate) fn file(

@@ -126,7 +126,9 @@ fn assert_refused<'a>(
             let said = format!("{}{}", looked.stdout, looked.stderr);
             // A table breaks lines where it has to.
             let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
-            assert!(!said.is_empty(), "at {caller}: {looked}");
+            for part in expected.says {
+                assert!(said.contains(part), "at {caller}: no {part:?} in {looked}");
+            }
             let looked = run(&["--json", verb]).await;
             assert_eq!(
                 looked.status.code(),

@@ -14,10 +14,12 @@ use crate::podman::{Client, Container, RemoveOptions};
 pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     let container = migration.preflight.container.clone();
     let keep_volumes = migration.request.keep_volumes;
-    // Not written, a crash from here on is still finished and not undone: the destination says that
-    // the container runs there.
-    let written = migration.journal.commit();
-    migration.note("the journal", written.map_err(Into::into));
+    // If this cannot be written, a crash from here on finds the destination saying that it runs.
+    if let Err(error) = migration.journal.commit() {
+        // Not a word to the destination: it has to know of the migration if it is asked.
+        migration.note("the journal", Err(error.into()));
+        return Ok(());
+    }
 
     let path = format!("/v1/migrations/{}/commit", migration.id);
     let told = migration
@@ -28,13 +30,13 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
         "telling the destination that it is over",
         told.map(|Nothing {}| ()).map_err(Into::into),
     );
+    let mut gone = true;
     for (what, result) in forget(&migration.hands.podman, &container, keep_volumes).await {
+        gone &= result.is_ok();
         migration.note(what, result);
     }
-    // What could not be removed stays quiet.
-    if let Some(fence) = migration.fence.take()
-        && migration.leftovers.is_empty()
-    {
+    // What is still there must stay quiet.
+    if let Some(fence) = migration.fence.take().filter(|_| gone) {
         migration.note(
             "the rule that kept it quiet",
             fence.remove().await.map_err(Into::into),

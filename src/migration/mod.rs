@@ -2,8 +2,13 @@
 //!
 //! [`migrate`] runs them in order. Each is a file of its own here, and each writes into the journal
 //! what it is about to change before it does. When one fails, the journal is walked backwards, and the
-//! container goes on at the source as if nothing had been. Past [`Phase::Commit`] there is no way
-//! back: the destination runs the container, and what is left to do here is retried, then reported.
+//! container goes on at the source as if nothing had been. From [`Phase::Steer`] on there is no way
+//! back: the destination runs the container and its peers hear it, and what is left to do here is
+//! retried, then reported.
+//!
+//! After a crash the destination's word decides: if it says that the container runs there, the
+//! migration is finished, else it is undone. So nothing has to be written to disk between "it runs"
+//! and letting the packets go.
 
 mod check;
 mod commit;
@@ -57,6 +62,10 @@ use lock::Lock;
 /// at the source, or [`Error::InDoubt`], with the container frozen at the source because the
 /// destination does not say whether it runs there.
 pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<Report> {
+    // Once packets are let go, peers have heard the copy: taking it back would break them.
+    if let Some(phase) = request.rehearse.filter(|last| *last >= Phase::Steer) {
+        return Err(Error::NotRehearsable(phase));
+    }
     let mut clock = Clock::start(observer);
     clock.enter(Phase::Preflight);
     let ready = preflight::ready(request, &mut clock).await?;

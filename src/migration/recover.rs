@@ -1,16 +1,15 @@
 //! Finishing or undoing what an interrupted migration left on this host.
 
-use hyper::Method;
 use serde::Serialize;
 
 use super::commit;
 use super::effect::{Asked, Effect};
 use super::event::Observer;
 use super::journal::{Journal, JournalError, left_behind};
-use super::preflight::{connect, must_be_root, peer, podman};
+use super::preflight::{must_be_root, podman};
 use super::report::Leftover;
 use super::undo::{Hands, unwind};
-use crate::agent::protocol::{MigrationId, Nothing, Stage, Status};
+use crate::criu::State;
 use crate::{Config, Error, Result};
 
 /// What became of one interrupted migration.
@@ -34,7 +33,7 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
     must_be_root()?;
     let mut recovered = Vec::new();
     for path in left_behind(&config.outgoing_dir())? {
-        let journal = match Journal::open(&path) {
+        let mut journal = match Journal::open(&path) {
             Err(JournalError::InUse { .. }) => continue,
             journal => journal?,
         };
@@ -43,7 +42,11 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
         let mut hands = Hands::new(config.clone(), podman(config)?);
-        let finished = journal.committed() || runs_elsewhere(config, &journal).await?;
+        if !journal.committed() && runs_elsewhere(&hands, &journal).await? {
+            // Before the destination hears of it: afterwards it knows nothing of the migration.
+            journal.commit()?;
+        }
+        let finished = journal.committed();
         let leftovers = if finished {
             finish(&hands, &journal).await
         } else {
@@ -70,27 +73,21 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
 ///
 /// # Errors
 /// [`Error::InDoubt`] if the destination was asked to restore it and does not answer now.
-async fn runs_elsewhere(config: &Config, journal: &Journal) -> Result<bool> {
+async fn runs_elsewhere(hands: &Hands, journal: &Journal) -> Result<bool> {
     for effect in journal.effects() {
         let Effect::Destination {
-            peer: name,
+            peer,
             migration,
             asked: Asked::Restore,
         } = effect
         else {
             continue;
         };
-        let asked = async {
-            let mut connection = connect(config, &peer(config, name)?).await?;
-            let path = format!("/v1/migrations/{migration}");
-            let status: Status = connection.call(Method::GET, &path, &Nothing {}).await?;
-            Ok::<_, Error>(status.stage)
-        };
-        let stage = asked.await.map_err(|cause| Error::InDoubt {
+        let runs = hands.runs_at(peer, migration).await;
+        if runs.map_err(|cause| Error::InDoubt {
             cause: Box::new(cause),
-            destination: name.clone(),
-        })?;
-        if stage == Stage::Running {
+            destination: peer.clone(),
+        })? {
             return Ok(true);
         }
     }
@@ -108,33 +105,47 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
             });
         }
     };
+    let freezer = journal.effects().iter().find_map(|effect| match effect {
+        Effect::Frozen { freezer } => Some(freezer),
+        _ => None,
+    });
+    let mut gone = true;
     // From the last to the first, so the container goes while it is still fenced.
     for effect in journal.effects().iter().rev() {
         match effect {
             Effect::Destination {
-                peer: name,
+                peer,
                 migration,
                 asked: Asked::Restore,
-            } => {
-                note(
-                    "telling the destination",
-                    tell(&hands.config, name, migration).await,
-                );
+            } => note(
+                "telling the destination",
+                hands.hand_over(peer, migration).await,
+            ),
+            // What is still there must stay quiet.
+            Effect::Fenced { fence } if gone => {
+                note("the fence", fence.remove().await.map_err(Into::into))
             }
-            Effect::Fenced { fence } => note("the fence", fence.remove().await.map_err(Into::into)),
             Effect::Forget {
                 container,
                 keep_volumes,
             } => match hands.podman.inspect(container.as_str()).await {
+                // It has come back, and runs: what was to be forgotten is frozen.
+                Ok(container)
+                    if container.is_running()
+                        && freezer.is_some_and(|it| matches!(it.state(), Ok(State::Thawed))) => {}
                 Ok(container) => {
                     for (what, result) in
                         commit::forget(&hands.podman, &container, *keep_volumes).await
                     {
+                        gone &= result.is_ok();
                         note(what, result);
                     }
                 }
                 Err(error) if error.is_not_found() => {}
-                Err(error) => note("the old container", Err(error.into())),
+                Err(error) => {
+                    gone = false;
+                    note("the old container", Err(error.into()));
+                }
             },
             Effect::Hold { spec } => {
                 note(
@@ -148,12 +159,4 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
         }
     }
     leftovers
-}
-
-/// Tells the destination that the container is its own from now on.
-async fn tell(config: &Config, name: &str, migration: &MigrationId) -> Result<()> {
-    let mut connection = connect(config, &peer(config, name)?).await?;
-    let path = format!("/v1/migrations/{migration}/commit");
-    let Nothing {} = connection.call(Method::POST, &path, &Nothing {}).await?;
-    Ok(())
 }

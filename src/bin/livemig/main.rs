@@ -5,6 +5,7 @@ mod commands;
 mod exit;
 mod progress;
 mod table;
+mod verdict;
 
 use std::process::ExitCode;
 
