@@ -750,6 +750,11 @@ impl Census {
             .unwrap_or_else(|| panic!("a census has no section {name}"))
     }
 
+    /// The names of its sections.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.sections.keys().map(String::as_str)
+    }
+
     /// What differs, or nothing when nothing does.
     pub fn difference(&self, other: &Census) -> Option<String> {
         let mut out = String::new();

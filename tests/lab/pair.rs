@@ -188,6 +188,71 @@ impl Pair {
         host.census().await
     }
 
+    /// Panics unless what a migration left on its source, beside what was there `before` the
+    /// container was, is the hop that its connections need.
+    pub async fn assert_only_the_hop_is_left(&self, host: usize, before: &Census, flows: usize) {
+        // What of it each section may show. Whatever a section has that is not here is a left-over.
+        const OF_A_HOP: [(&str, &str); 9] = [
+            ("addresses", "livemig"),
+            ("files", "/run/livemig"),
+            ("files", "/run/wireguard/livemig"),
+            ("links", "livemig"),
+            ("listening", "udp "),
+            ("processes", "livemig"),
+            ("routes", "livemig"),
+            ("rules", "lookup 71057"),
+            ("sysctls", "/livemig"),
+        ];
+        // Of a journal that was closed there is no file.
+        const EMPTY: [&str; 2] = [
+            "/var/lib/livemig/journal",
+            "/var/lib/livemig/journal/outgoing",
+        ];
+        let own = self.host(host);
+        let left = |now: &Census| {
+            let mut strange = Vec::new();
+            for section in now.names() {
+                let mut more = now.section(section).to_vec();
+                for line in before.section(section) {
+                    match more.iter().position(|other| other == line) {
+                        Some(at) => drop(more.remove(at)),
+                        None => strange.push(format!("{section}: - {line}")),
+                    }
+                }
+                if section == "marks" && more.len() == flows {
+                    continue;
+                }
+                // The table is livemig's own, and checked by name.
+                if section == "nft" {
+                    let tables = more.iter().filter(|line| line.starts_with("table "));
+                    more = tables
+                        .filter(|line| !line.contains("livemig"))
+                        .cloned()
+                        .collect();
+                }
+                let of_hop = |line: &String| {
+                    OF_A_HOP
+                        .iter()
+                        .any(|(of, text)| *of == section && line.contains(text))
+                        || (section == "files" && EMPTY.contains(&line.as_str()))
+                };
+                more.retain(|line| !of_hop(line));
+                strange.extend(more.iter().map(|line| format!("{section}: + {line}")));
+            }
+            strange
+        };
+        let mut strange = left(&own.census().await);
+        // Podman's own clean-up takes a moment.
+        for _ in 0..50 {
+            if strange.is_empty() {
+                return;
+            }
+            tokio::time::sleep(super::LOOK * 10).await;
+            strange = left(&own.census().await);
+        }
+        panic!("left on {}:\n{}", own.name(), strange.join("\n"));
+    }
+
     /// Takes the lab down now, and says so when that fails, which dropping cannot.
     pub async fn down(self) {
         drop(self.agents);
