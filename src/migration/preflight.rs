@@ -86,7 +86,7 @@ async fn look(request: &Request) -> Result<(Preflight, Peer, Connection, Client)
     let config = &request.config;
     let podman = podman(config)?;
     let peer = peer(config, &request.to)?;
-    let container = podman.inspect(&request.container).await?;
+    let container = find(&podman, &request.container).await?;
     let mut connection = connect(config, &peer).await?;
 
     let (host, features, flows) = futures::join!(
@@ -124,6 +124,17 @@ async fn look(request: &Request) -> Result<(Preflight, Peer, Connection, Client)
         connection,
         podman,
     ))
+}
+
+/// The container of this name or ID.
+///
+/// # Errors
+/// [`Error::NoContainer`] if there is none.
+pub(crate) async fn find(podman: &Client, name: &str) -> Result<Container> {
+    match podman.inspect(name).await {
+        Err(error) if error.is_not_found() => Err(Error::NoContainer(name.to_owned())),
+        found => Ok(found?),
+    }
 }
 
 /// The connections that a container has.
