@@ -22,6 +22,9 @@ pub enum Error {
     /// There is no Podman to talk to.
     #[error("Podman's API socket {} is not there", .0.display())]
     NoPodman(PathBuf),
+    /// There is no such container.
+    #[error("there is no container `{0}` on this host")]
+    NoContainer(String),
     /// A check found a reason not to begin.
     #[error("`{container}` cannot move to {destination}: {}", reasons(findings))]
     Refused {
@@ -182,6 +185,7 @@ impl Error {
             Error::NotRoot
             | Error::NoPodman(_)
             | Error::NoAddress(_)
+            | Error::NoContainer(_)
             | Error::Refused { .. }
             | Error::Busy { .. } => Class::Refused,
             Error::NotRehearsable(_) => Class::Usage,
@@ -211,6 +215,7 @@ impl Error {
             Error::NotRoot => "not-root",
             Error::NoAddress(_) => "no-address",
             Error::NoPodman(_) | Error::Podman(podman::Error::Connect { .. }) => "no-podman",
+            Error::NoContainer(_) => "no-such-container",
             Error::Refused { .. } => "refused",
             Error::Busy { .. } => "busy",
             Error::Interrupted(_) => "interrupted",
@@ -261,7 +266,7 @@ impl Error {
             Error::InDoubt { destination, .. } => Some(format!(
                 "see to it that {destination} answers, then run `livemig recover` here"
             )),
-            Error::Podman(error) if error.is_not_found() => {
+            Error::NoContainer(_) => {
                 Some("`livemig ps` lists the containers of this host".to_owned())
             }
             Error::Podman(error) => error.hint(),

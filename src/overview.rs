@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::conntrack::{Direction, Family, Flow, Table};
-use crate::migration::{must_be_root, podman, tunnels};
+use crate::migration::{find, must_be_root, podman, tunnels};
 use crate::netlink::Namespace;
 use crate::podman::ContainerId;
 use crate::tunnel::HopId;
@@ -88,7 +88,7 @@ pub async fn flows(config: &Config, only: Option<&str>) -> Result<Vec<ListedFlow
     let mut owners: BTreeMap<IpAddr, String> = BTreeMap::new();
     match only {
         Some(name) => {
-            let container = podman.inspect(name).await?;
+            let container = find(&podman, name).await?;
             owners.extend(
                 container
                     .addresses()

@@ -3,68 +3,21 @@
 
 mod lab;
 
-use lab::{Census, IMAGE, Lab, Node, Output, Process, Workload};
+use lab::pair::Pair;
+use lab::{Census, IMAGE, Lab, Node, Output, Workload};
 use serde_json::Value;
 
 /// The documented exit codes that a refusal can have.
 const REFUSED: i32 = 3;
 const UNREACHABLE: i32 = 4;
 
-/// Two hosts that trust each other, with an agent on the second, and what both were like before.
-struct Pair {
-    lab: Lab,
-    agent: Option<Process>,
+async fn census(pair: &Pair) -> [Census; 2] {
+    [pair.host(1).census().await, pair.host(2).census().await]
 }
 
-impl Pair {
-    async fn of(lab: Lab) -> Pair {
-        let agent = start_agent(lab.host(2)).await;
-        let invite = ["livemig", "invite", "--address", &lab.host(2).ip()];
-        let token = lab.host(2).exec(&invite).await;
-        let join = ["livemig", "join", token.text(), "--name", "h2"];
-        lab.host(1).exec(&join).await;
-        Pair {
-            lab,
-            agent: Some(agent),
-        }
-    }
-
-    async fn new() -> Pair {
-        Pair::of(Lab::new(2).await).await
-    }
-
-    fn source(&self) -> &Node {
-        self.lab.host(1)
-    }
-
-    fn destination(&self) -> &Node {
-        self.lab.host(2)
-    }
-
-    async fn census(&self) -> [Census; 2] {
-        [
-            self.source().census().await,
-            self.destination().census().await,
-        ]
-    }
-
-    async fn assert_as_before(&self, before: &[Census; 2]) {
-        self.source().assert_as_before(&before[0]).await;
-        self.destination().assert_as_before(&before[1]).await;
-    }
-
-    async fn down(mut self) {
-        if let Some(agent) = self.agent.take() {
-            agent.stop().await;
-        }
-        self.lab.down().await;
-    }
-}
-
-async fn start_agent(host: &Node) -> Process {
-    let agent = host.spawn_command(&["livemig", "agent"]);
-    agent.wait_for("listening on").await;
-    agent
+async fn assert_as_before(pair: &Pair, before: &[Census; 2]) {
+    pair.host(1).assert_as_before(&before[0]).await;
+    pair.host(2).assert_as_before(&before[1]).await;
 }
 
 /// What is expected of a refusal.
@@ -89,10 +42,10 @@ fn assert_refused<'a>(
 ) -> impl Future<Output = ()> + 'a {
     let caller = std::panic::Location::caller();
     async move {
-        let before = pair.census().await;
+        let before = census(pair).await;
         let run = async |words: &[&str]| {
             let command = [&["livemig"], words, &[container, "--to", to]].concat();
-            pair.source().try_exec(&command).await
+            pair.host(1).try_exec(&command).await
         };
         let plain = run(&["migrate"]).await;
         assert_eq!(
@@ -137,7 +90,7 @@ fn assert_refused<'a>(
             );
             assert_code(caller, &looked.json(), expected.code, &looked);
         }
-        pair.assert_as_before(&before).await;
+        assert_as_before(pair, &before).await;
     }
 }
 
@@ -176,12 +129,11 @@ fn assert_code(caller: &std::panic::Location<'_>, answer: &Value, code: &str, ou
 
 /// The busy container of a test, and its client.
 async fn busy(pair: &Pair) -> Workload {
-    pair.source()
+    pair.host(1)
         .run_workload("web", &["-p", "7000:7000"], &["echo", "7000"])
         .await;
-    let server = pair.source().ip();
-    pair.lab
-        .client(1)
+    let server = pair.host(1).ip();
+    pair.client(1)
         .spawn(&["client-echo", &server, "7000"])
         .await
 }
@@ -201,13 +153,13 @@ async fn idle(host: &Node, name: &str, podman: &[&str]) {
 
 #[tokio::test]
 async fn what_is_not_there_or_does_not_run() {
-    let pair = Pair::new().await;
+    let pair = Pair::up().await;
     let client = busy(&pair).await;
-    let source = pair.source();
+    let source = pair.host(1);
     let expected = Expected {
         exit: REFUSED,
-        code: "not-found",
-        says: &["nope"],
+        code: "no-such-container",
+        says: &["`nope`"],
         hint: "livemig ps",
     };
     assert_refused(&pair, "nope", "h2", expected).await;
@@ -250,10 +202,10 @@ async fn what_is_not_there_or_does_not_run() {
 
 #[tokio::test]
 async fn without_root_or_podman() {
-    let pair = Pair::new().await;
+    let pair = Pair::up().await;
     let client = busy(&pair).await;
-    let source = pair.source();
-    let before = pair.census().await;
+    let source = pair.host(1);
+    let before = census(&pair).await;
     for words in [
         &["migrate", "web", "--to", "h2"][..],
         &["check", "web", "--to", "h2"],
@@ -277,7 +229,7 @@ async fn without_root_or_podman() {
         };
         assert_clear(here, &output, &expected);
     }
-    pair.assert_as_before(&before).await;
+    assert_as_before(&pair, &before).await;
 
     // Not there at all, and there without anybody who listens.
     source.podman_service("stop").await;
@@ -302,10 +254,10 @@ async fn without_root_or_podman() {
 
 #[tokio::test]
 async fn a_destination_that_does_not_answer_or_does_not_want_it() {
-    let mut pair = Pair::new().await;
+    let pair = Pair::up().await;
     let client = busy(&pair).await;
 
-    pair.destination().podman_service("stop").await;
+    pair.host(2).podman_service("stop").await;
     let expected = Expected {
         exit: UNREACHABLE,
         code: "no-podman",
@@ -313,10 +265,10 @@ async fn a_destination_that_does_not_answer_or_does_not_want_it() {
         hint: "podman.socket",
     };
     assert_refused(&pair, "web", "h2", expected).await;
-    pair.destination().podman_service("start").await;
+    pair.host(2).podman_service("start").await;
 
     // It forgets this host.
-    pair.destination()
+    pair.host(2)
         .sh("mv /var/lib/livemig/peers /var/lib/livemig/were-peers && mkdir /var/lib/livemig/peers")
         .await;
     let expected = Expected {
@@ -327,9 +279,10 @@ async fn a_destination_that_does_not_answer_or_does_not_want_it() {
     };
     assert_refused(&pair, "web", "h2", expected).await;
 
-    if let Some(agent) = pair.agent.take() {
-        agent.stop().await;
-    }
+    pair.agent(2).signal(rustix::process::Signal::TERM);
+    pair.host(2)
+        .sh("while ss -Hltn | grep -q :27757; do sleep 0.02; done")
+        .await;
     let expected = Expected {
         exit: UNREACHABLE,
         code: "unreachable",
@@ -343,9 +296,9 @@ async fn a_destination_that_does_not_answer_or_does_not_want_it() {
 
 #[tokio::test]
 async fn what_is_taken_at_the_destination() {
-    let pair = Pair::new().await;
+    let pair = Pair::up().await;
     let client = busy(&pair).await;
-    let destination = pair.destination();
+    let destination = pair.host(2);
     let refuse = async |code: &str, says: &[&str], hint: &str| {
         let expected = Expected {
             exit: REFUSED,
@@ -385,7 +338,7 @@ async fn what_is_taken_at_the_destination() {
     program.stop().await;
 
     let address = pair
-        .source()
+        .host(1)
         .exec(&[
             "podman",
             "inspect",
@@ -408,17 +361,17 @@ async fn what_is_taken_at_the_destination() {
     gone("web").await;
 
     // A copy of it: what a restore that nobody tidied up after leaves behind.
-    pair.source()
+    pair.host(1)
         .sh("podman container checkpoint -R --tcp-established -e /copy.tar web >/dev/null")
         .await;
-    let copy = std::fs::read(pair.source().path("/copy.tar")).expect("Podman wrote it");
+    let copy = std::fs::read(pair.host(1).path("/copy.tar")).expect("Podman wrote it");
     std::fs::write(destination.path("/copy.tar"), copy).expect("the host can be written to");
     destination
         .sh("nft 'add table inet silence; add chain inet silence out { type filter hook output priority 0; }; add rule inet silence out drop; add chain inet silence forward { type filter hook forward priority 0; }; add rule inet silence forward drop'
              podman container restore --tcp-established -i /copy.tar >/dev/null
              podman stop -t 0 web >/dev/null; nft delete table inet silence; rm /copy.tar")
         .await;
-    pair.source().sh("rm /copy.tar").await;
+    pair.host(1).sh("rm /copy.tar").await;
     refuse("id-in-use", &["ID"], "podman rm").await;
     gone("web").await;
 
@@ -428,8 +381,8 @@ async fn what_is_taken_at_the_destination() {
 
 #[tokio::test]
 async fn what_the_destination_lacks_or_has_otherwise() {
-    let pair = Pair::new().await;
-    let (source, destination) = (pair.source(), pair.destination());
+    let pair = Pair::up().await;
+    let (source, destination) = (pair.host(1), pair.host(2));
     let refuse = async |name: &str, code: &str, says: &[&str], hint: &str| {
         let expected = Expected {
             exit: REFUSED,
@@ -529,8 +482,8 @@ async fn what_the_destination_lacks_or_has_otherwise() {
 
 #[tokio::test]
 async fn containers_that_cannot_be_taken_apart_from_their_host() {
-    let pair = Pair::new().await;
-    let source = pair.source();
+    let pair = Pair::up().await;
+    let source = pair.host(1);
     let refuse = async |name: &str, code: &str, says: &[&str], hint: &str| {
         let expected = Expected {
             exit: REFUSED,
@@ -553,7 +506,13 @@ async fn containers_that_cannot_be_taken_apart_from_their_host() {
     refuse("in-pod", "in-pod", &["pod"], "outside of a pod").await;
 
     idle(source, "first", &[]).await;
-    idle(source, "shares", &["--network", "container:first"]).await;
+    source
+        .run_workload(
+            "shares",
+            &["--network", "container:first"],
+            &["echo", "7001"],
+        )
+        .await;
     refuse(
         "shares",
         "network-mode",
@@ -624,7 +583,7 @@ async fn containers_that_cannot_be_taken_apart_from_their_host() {
 
 #[tokio::test]
 async fn another_runtime_at_the_destination() {
-    let pair = Pair::of(Lab::builder(2).host_runtime(2, "crun").up().await).await;
+    let pair = Pair::of(Lab::builder(2).host_runtime(2, "crun")).await;
     let client = busy(&pair).await;
     let expected = Expected {
         exit: REFUSED,

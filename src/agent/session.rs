@@ -24,7 +24,9 @@ use crate::bundle::{self, Compression};
 use crate::conntrack::{Table, steer};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
-use crate::podman::{self, Client, Container, FailureLog, RestoreOptions, failure_log};
+use crate::podman::{
+    self, Client, Container, ContainerId, FailureLog, RestoreOptions, failure_log,
+};
 use crate::tunnel::{self, HopId};
 use crate::{Class, Config, Error};
 
@@ -475,6 +477,9 @@ impl Sessions {
                 None => error.into(),
             });
         }
+        if container.networks.is_empty() {
+            self.switch_on_loopback(&container.id).await?;
+        }
         let restore = ended
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -483,6 +488,16 @@ impl Sessions {
             restore,
             flows: inserted,
         })
+    }
+
+    /// CRIU makes the namespace of a container without networks anew and leaves its loopback interface
+    /// off; where there is a network, Podman has switched it on.
+    async fn switch_on_loopback(&self, id: &ContainerId) -> Result<(), Error> {
+        let pid = self.podman.inspect(id.as_str()).await?.pid;
+        let namespace = Namespace::of_pid(pid.ok_or(Error::OutOfOrder("process"))?)?;
+        tokio::task::spawn_blocking(move || tunnel::switch_on_loopback(&namespace))
+            .await
+            .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
 
     /// The source has let go: from now on the container is this host's.

@@ -13,7 +13,6 @@ use crate::agent::protocol::{Assessment, Offer};
 use crate::conntrack::Flow;
 use crate::criu::{self, Code, Features, Finding, Freezer, Side, processes};
 use crate::podman::{Client, Container, HostInfo, Mode, Mount, Network, Status};
-use crate::tunnel::Taken;
 use crate::{Error, Result, tunnel};
 
 /// Ends with an error if a finding says no.
@@ -408,7 +407,7 @@ async fn networks(
     findings: &mut Vec<Finding>,
 ) -> Result<Vec<String>> {
     let mut to_make = Vec::new();
-    let taken: Taken = tunnel::taken().await?;
+    let taken = subnets_in_use(podman).await?;
     for attachment in &offer.container.networks {
         let name = &attachment.name;
         let addresses: Vec<IpAddr> = attachment
@@ -422,7 +421,7 @@ async fn networks(
                 continue;
             };
             for subnet in &wanted.subnets {
-                if let Some(other) = taken.overlapping(subnet.subnet) {
+                if let Some(other) = taken.iter().find(|taken| overlap(**taken, subnet.subnet)) {
                     findings.push(Finding::refuse(
                         Code::SubnetTaken,
                         format!("network {name} ({}) does not fit there: the destination uses {other}", subnet.subnet),
@@ -458,6 +457,26 @@ async fn networks(
         }
     }
     Ok(to_make)
+}
+
+/// The subnets that Podman gives to no further network: those of its networks, up or not, and those
+/// that the host itself is in.
+async fn subnets_in_use(podman: &Client) -> Result<Vec<IpNetwork>> {
+    let mut subnets = tunnel::networks_of_host().await?;
+    for name in podman.networks().await? {
+        let network = podman.network(&name).await?;
+        let own = network.iter().flat_map(|network| &network.subnets);
+        subnets.extend(own.map(|subnet| subnet.subnet));
+    }
+    Ok(subnets)
+}
+
+fn overlap(a: IpNetwork, b: IpNetwork) -> bool {
+    match (a, b) {
+        (IpNetwork::V4(a), IpNetwork::V4(b)) => a.overlaps(b),
+        (IpNetwork::V6(a), IpNetwork::V6(b)) => a.overlaps(b),
+        _ => false,
+    }
 }
 
 /// Ports that another container publishes, or that a program listens on.

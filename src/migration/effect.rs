@@ -116,7 +116,10 @@ impl std::fmt::Display for Effect {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Effect::Hop { .. } => write!(f, "the tunnel, its routes and rules"),
-            Effect::Destination { peer, .. } => write!(f, "what {peer} has prepared or restored"),
+            Effect::Destination { peer, asked, .. } => match asked {
+                Asked::Prepare => write!(f, "what {peer} has prepared"),
+                Asked::Restore => write!(f, "what {peer} has restored"),
+            },
             Effect::Hold { .. } => write!(f, "packets waiting in the kernel"),
             Effect::Fenced { .. } => write!(f, "the rule that keeps the frozen container quiet"),
             Effect::Frozen { .. } => write!(f, "frozen processes"),

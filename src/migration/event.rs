@@ -162,5 +162,5 @@ fn milliseconds<S: serde::Serializer>(
     duration: &Duration,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
-    serializer.serialize_f64(duration.as_secs_f64() * 1e3)
+    serializer.serialize_f64((duration.as_secs_f64() * 1e6).round() / 1e3)
 }

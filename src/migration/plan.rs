@@ -53,6 +53,10 @@ fn steps(preflight: &Preflight, request: &Request) -> Vec<Step> {
     };
     let here = "this host";
     let there = request.to.as_str();
+    let flows = match preflight.flows.len() {
+        1 => "1 flow is".to_owned(),
+        many => format!("{many} flows are"),
+    };
 
     for host in [here, there] {
         let undo = Some("remove them, unless another migration uses the tunnel");
@@ -100,16 +104,13 @@ fn steps(preflight: &Preflight, request: &Request) -> Vec<Step> {
     add(
         Phase::Freeze,
         here,
-        format!("{} flows are marked for the tunnel", preflight.flows.len()),
+        format!("{flows} marked for the tunnel"),
         Some("clear the marks"),
     );
     add(
         Phase::Restore,
         there,
-        format!(
-            "{} flows are entered into connection tracking",
-            preflight.flows.len()
-        ),
+        format!("{flows} entered into connection tracking"),
         Some("delete them"),
     );
     let volumes: Vec<&str> = container

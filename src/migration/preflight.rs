@@ -62,7 +62,7 @@ pub async fn check(request: &Request) -> Result<Preflight> {
 pub(super) async fn ready(request: &Request, clock: &mut Clock<'_>) -> Result<Ready> {
     must_be_root()?;
     let config = &request.config;
-    let container = podman(config)?.inspect(&request.container).await?;
+    let container = find(&podman(config)?, &request.container).await?;
     // Before it is looked at: what another migration is about to change proves nothing.
     let lock = Lock::take(&config.lock_dir(), &container.id, &container.name)?;
     let (preflight, peer, connection, podman) = look(request, container.id.as_str()).await?;
@@ -89,7 +89,7 @@ async fn look(
     let config = &request.config;
     let podman = podman(config)?;
     let peer = peer(config, &request.to)?;
-    let container = podman.inspect(name_or_id).await?;
+    let container = find(&podman, name_or_id).await?;
     let mut connection = connect(config, &peer).await?;
 
     let (host, features, flows) = futures::join!(
@@ -127,6 +127,17 @@ async fn look(
         connection,
         podman,
     ))
+}
+
+/// The container of this name or ID.
+///
+/// # Errors
+/// [`Error::NoContainer`] if there is none.
+pub(crate) async fn find(podman: &Client, name: &str) -> Result<Container> {
+    match podman.inspect(name).await {
+        Err(error) if error.is_not_found() => Err(Error::NoContainer(name.to_owned())),
+        found => Ok(found?),
+    }
 }
 
 /// The connections that a container has.

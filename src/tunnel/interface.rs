@@ -163,6 +163,22 @@ impl Netlink {
         .await
     }
 
+    /// Switches the interface on.
+    pub(super) async fn switch_on(&self) -> Result<()> {
+        let link = LinkUnspec::new_with_index(self.index().await?).up().build();
+        let set = self.handle.link().set(link).execute();
+        self.request("switch the interface on", set).await
+    }
+
+    /// The networks that the host's interfaces are in, all of them.
+    pub(super) async fn networks(&self) -> Result<Vec<IpNetwork>> {
+        let mut networks = Vec::new();
+        let addresses = self.handle.address().get().execute();
+        let list = each(addresses, |message| networks.extend(address_of(&message)));
+        self.request("list the host's addresses", list).await?;
+        Ok(networks)
+    }
+
     /// Gives the interface its size of packets and a queue, and switches it on.
     pub(super) async fn bring_up(&self, mtu: u16) -> Result<()> {
         let link = LinkUnspec::new_with_index(self.index().await?)

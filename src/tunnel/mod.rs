@@ -41,6 +41,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 pub use address::{Ends, Party, Taken, TakenError, choose};
@@ -50,6 +51,7 @@ pub use key::{PrivateKey, PublicKey, PublicKeyError};
 pub use process::Process;
 pub use registry::{Connection, Hop, HopSpec, Registry};
 
+use crate::netlink::Namespace;
 use interface::Netlink;
 
 /// What drives the interface of a hop.
@@ -77,6 +79,32 @@ pub fn available() -> Backend {
 /// [`Error::Netlink`] if the kernel cannot be asked.
 pub async fn taken() -> Result<Taken> {
     Netlink::open("lo")?.taken().await
+}
+
+/// The networks that the interfaces of this host are in, all of them.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub(crate) async fn networks_of_host() -> Result<Vec<IpNetwork>> {
+    Netlink::open("lo")?.networks().await
+}
+
+/// Switches on the loopback interface of a network namespace. It is no error if it is on.
+///
+/// # Errors
+/// When the namespace cannot be entered, or the kernel refuses.
+pub(crate) fn switch_on_loopback(namespace: &Namespace) -> crate::Result<()> {
+    // The runtime's own threads are in another namespace.
+    namespace.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(crate::Error::file(
+                "start a runtime in",
+                "/proc/thread-self/ns/net",
+            ))?;
+        Ok(runtime.block_on(async { Netlink::open("lo")?.switch_on().await })?)
+    })?
 }
 
 /// How this host makes hops.

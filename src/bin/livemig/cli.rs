@@ -7,24 +7,10 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
 use livemig::migration::Phase;
 
-/// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it.
-///
-/// Once, for each pair of hosts:
-///
-///   host-b# livemig agent &                 # or the systemd unit
-///   host-b# livemig invite                  # prints a token, good for one use
-///   host-a# livemig join TOKEN --name host-b
-///
-/// Then, whenever a container has to move:
-///
-///   host-a# livemig check web --to host-b   # looks, changes nothing
-///   host-a# livemig migrate web --to host-b
+/// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100, after_help = EXIT_CODES)]
+#[command(version, max_term_width = 100, long_about = ABOUT, after_help = EXIT_CODES)]
 pub struct Cli {
-    #[command(flatten)]
-    pub place: Place,
-
     /// Print one JSON document (for `migrate`, one JSON object a line) instead of text
     #[arg(long, global = true)]
     pub json: bool,
@@ -33,9 +19,36 @@ pub struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
 
+    // Last, for its heading holds for what comes after it.
+    #[command(flatten)]
+    pub place: Place,
+
     #[command(subcommand)]
     pub command: Command,
 }
+
+const ABOUT: &str = "\
+Moves a running Podman container to another host while its TCP and UDP peers go on talking to it.
+
+Once, for each pair of hosts:
+
+  host-b# livemig agent &                 # or the systemd unit
+  host-b# livemig invite                  # prints a token, good for one use
+  host-a# livemig join TOKEN --name host-b
+
+Then, whenever a container has to move:
+
+  host-a# livemig check web --to host-b   # looks, changes nothing
+  host-a# livemig migrate web --to host-b";
+
+const MIGRATE_JSON: &str = "\
+With --json, standard output has an object a line, each with the field `event`:
+  started, finished       a phase begins, has ended (`phase`, `ms`)
+  sent                    bytes have gone to the destination (`what`, `bytes`, `total`)
+  warning                 something to know (`finding`)
+  rolling-back, undone    a step failed (`cause`); one change is undone (`effect`, `failure`)
+  report                  the last line when the container has moved (`report`)
+  error                   the last line when it has not (`code`, `exit_code`, `error`, `hint`, `findings`)";
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -144,6 +157,7 @@ pub enum Command {
     Hosts,
 
     /// Move a running container to another host
+    #[command(after_long_help = MIGRATE_JSON)]
     Migrate {
         #[command(flatten)]
         what: Move,
@@ -167,6 +181,9 @@ pub enum Command {
     },
 
     /// Look whether a container could move, and say what stands in the way
+    ///
+    /// Changes nothing. The exit code is 0 if it could, 3 if something stands in the way; warnings do
+    /// not count.
     Check(Move),
 
     /// Show every change that a migration would make on both hosts, and how each is undone

@@ -391,7 +391,7 @@ async fn flows(config: &Config, container: Option<&str>, json: bool) -> Result<E
         "container",
         "protocol",
         "opened",
-        "peer",
+        "connection",
         "in",
         "out",
         "to it through",

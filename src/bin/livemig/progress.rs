@@ -144,11 +144,14 @@ impl std::fmt::Display for Bytes {
 /// Says in a few lines what came of it.
 pub fn summary(report: &Report) {
     println!(
-        "{} runs on {} now: {:.0} ms without service, {} flows kept, {} sent, {:.1} s in all",
+        "{} runs on {} now: {:.0} ms without service, {} kept, {} sent, {:.1} s in all",
         report.name,
         report.destination,
         report.downtime.as_secs_f64() * 1e3,
-        report.flows.len(),
+        match report.flows.len() {
+            1 => "1 connection".to_owned(),
+            many => format!("{many} connections"),
+        },
         Bytes(report.bytes_sent),
         report.total.as_secs_f64(),
     );
