@@ -242,6 +242,28 @@ async fn a_connection_goes_on_from_a_third_host() {
     stage.pair.down().await;
 }
 
+#[tokio::test]
+async fn a_hop_goes_when_its_last_connection_has_gone() {
+    let stage = Stage::new(Lab::builder(2), &["-p", "7000:7000"], &["echo", "7000"]).await;
+    let (pair, c1) = (&stage.pair, stage.pair.client(1));
+    for host in [1, 2] {
+        // The kernel remembers a connection that has ended for this many seconds, else for 120.
+        pair.host(host)
+            .sh("echo 1 >/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait")
+            .await;
+    }
+    let client = c1.spawn(&["client-echo", &pair.host(1).ip(), "7000"]).await;
+    stage.move_it(1).await;
+    assert_went_on(&client.stop().await, 1);
+    pair.wait_until_the_hop_is_gone(1).await;
+    pair.wait_until_the_hop_is_gone(2).await;
+    // One that was never needed goes at once, and another one can be had.
+    let back = pair.migrate("web", 2, 1).await;
+    pair.assert_moved("web", 2, 1, &back).await;
+    pair.wait_until_the_hop_is_gone(2).await;
+    stage.pair.down().await;
+}
+
 /// A key as a program might print it.
 fn spellings(key: &[u8]) -> Vec<String> {
     use base64::Engine as _;

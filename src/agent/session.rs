@@ -167,12 +167,15 @@ impl Sessions {
         })
     }
 
-    /// Undoes, for as long as the agent runs, the migrations whose source has gone silent before
-    /// anything runs here.
+    /// For as long as the agent runs: undoes the migrations whose source has gone silent before
+    /// anything runs here, and removes the hops that no connection uses any more.
     pub async fn look_after(self: Arc<Self>) {
         let mut round = tokio::time::interval(LOOK_ROUND);
         loop {
             round.tick().await;
+            if let Err(error) = migration::leave_idle_hops(&self.config).await {
+                tracing::warn!(%error, "hops that nobody uses could not be removed");
+            }
             let open: Vec<(MigrationId, Shared)> = self
                 .sessions()
                 .iter()

@@ -43,7 +43,7 @@ pub(crate) use prepare::{mtu, tunnels};
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
 pub use request::Request;
-pub(crate) use undo::{Hands, leave_hop, unwind};
+pub(crate) use undo::{Hands, leave_hop, leave_idle_hops, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};

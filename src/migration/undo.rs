@@ -8,13 +8,13 @@ use serde::de::DeserializeOwned;
 
 use super::effect::{Asked, Effect};
 use super::event::{Event, Observer};
-use super::journal::Journal;
+use super::journal::{Journal, left_behind};
 use super::preflight::{connect, peer};
 use super::prepare::tunnels;
 use super::report::Leftover;
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, To};
-use crate::conntrack::{self, Table, steer};
+use crate::conntrack::{self, Family, Table, steer};
 use crate::netlink::Namespace;
 use crate::podman::{Client, ContainerId, PublishedPort, RemoveOptions};
 use crate::tunnel::HopId;
@@ -239,6 +239,44 @@ pub(crate) async fn leave_hop(config: &Config, user: &str) -> Result<()> {
         // Somebody else may have taken a share meanwhile.
         if tunnels.down_if_unused(&hop.spec).await? {
             steer::remove(hop.spec.hop).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes the hops that no migration and no connection needs any more.
+///
+/// A migration leaves its hop to the connections that it moved. The kernel forgets a connection some
+/// time after its end, so that also its last packets find their way.
+pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
+    let tunnels = tunnels(config);
+    // In this order. A migration begins its journal before it takes a hop, and closes it after its
+    // connections are marked: one without a journal has done either everything or nothing.
+    let hops = tunnels.registry().list()?;
+    if hops.is_empty() {
+        return Ok(());
+    }
+    let mut journals = left_behind(&config.outgoing_dir())?;
+    journals.extend(left_behind(&config.incoming_dir())?);
+    let under_way = |user: &str| {
+        journals
+            .iter()
+            .any(|journal| journal.file_stem().is_some_and(|stem| stem == user))
+    };
+    let entries = Table::open(&Namespace::current()?)?
+        .dump(Family::Both)
+        .await?;
+    for hop in hops {
+        let id = hop.spec.hop;
+        if entries.iter().any(|entry| entry.mark.uses(id)) {
+            continue;
+        }
+        for user in hop.users.iter().filter(|user| !under_way(user)) {
+            // Others than migrations know by themselves when they are done with it.
+            if user.parse::<MigrationId>().is_ok() && tunnels.registry().release(id, user)? {
+                tracing::debug!(hop = %id, "no connection uses it any more");
+                leave_hop(config, user).await?;
+            }
         }
     }
     Ok(())

@@ -253,6 +253,29 @@ impl Pair {
         panic!("left on {}:\n{}", own.name(), strange.join("\n"));
     }
 
+    /// Waits until the hop of a host is gone with all that belongs to it, which is some time after
+    /// the end of its last connection. Panics when it stays.
+    pub async fn wait_until_the_hop_is_gone(&self, host: usize) {
+        let own = self.host(host);
+        let started = std::time::Instant::now();
+        loop {
+            let left = own
+                .sh("ip -o link | grep -o 'livemig[0-9]*' || true; ip rule | grep 'lookup 71057' || true
+                     nft list tables | grep livemig || true; ss -Hlun | grep 5182 || true
+                     ls /run/livemig/hops/*.json /run/wireguard/* 2>/dev/null || true")
+                .await;
+            if left.text().is_empty() {
+                return;
+            }
+            assert!(
+                started.elapsed() < super::BOUND / 2,
+                "left on {}:\n{left}",
+                own.name()
+            );
+            tokio::time::sleep(super::LOOK * 10).await;
+        }
+    }
+
     /// Takes the lab down now, and says so when that fails, which dropping cannot.
     pub async fn down(self) {
         drop(self.agents);
