@@ -25,19 +25,18 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
         .ok_or(Error::OutOfOrder("freezer"))?;
     let within = migration.request.config.freeze_timeout;
     freezer.freeze(within).await?;
+    let fence = migration.fence.clone().ok_or(Error::OutOfOrder("fence"))?;
+    fence.install()?;
 
     let hop = migration.hop()?;
     let container = &migration.preflight.container;
     let staging = migration.request.config.staging_dir();
     std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
     let changed = async { Ok(DeltaFile::make(layers(container)?, staging).await?) };
-    let fence = migration.fence.clone().ok_or(Error::OutOfOrder("fence"))?;
-    let fenced = async { Ok(fence.install().await?) };
-    let (checkpoint, changed, flows, ()) = futures::try_join!(
+    let (checkpoint, changed, flows) = futures::try_join!(
         checkpoint(&migration.hands.podman, container),
         changed,
         steer::mark(container, &migration.preflight.offer.networks, hop),
-        fenced,
     )?;
     migration.flows = flows;
     migration.frozen = Some(Frozen {

@@ -4,7 +4,6 @@
 //! sync, before the first packet waits: the disk has no part in the downtime.
 
 use std::path::Path;
-use std::time::Instant;
 
 use super::{Asked, Effect, Migration};
 use crate::conntrack::Fence;
@@ -48,10 +47,12 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         Effect::Steered { addresses, hop },
         destination,
     ])?;
+    fence.prepare().await?;
     migration.freezer = Some(freezer);
     migration.fence = Some(fence);
-    migration.held_since = Some(Instant::now());
-    migration.hands.hold = Some(Hold::start(spec).await?);
+    let hold = Hold::start(spec).await?;
+    migration.held_since = Some(hold.since());
+    migration.hands.hold = Some(hold);
     Ok(())
 }
 
