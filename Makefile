@@ -9,6 +9,7 @@ HOSTS ?= 2
 CLIENTS ?= 1
 HOST ?= h1
 CMD ?= podman ps --all
+RUNS ?= 10
 LAB := tests/lab/lab
 
 # Warnings are errors here and in CI, not while one works.
@@ -48,6 +49,14 @@ test: prepare ## all tests (root: hosts are made of namespaces)
 		cargo test --lib --bins --tests --no-fail-fast -- --test-threads=1; \
 	fi
 	cargo test --doc
+
+.PHONY: demo
+demo: prepare ## watch a container move while a client talks to it (root)
+	cargo bench --bench demo
+
+.PHONY: bench
+bench: prepare ## the client's longest gap and the total time, beside Podman and shell by hand (RUNS=10)
+	LIVEMIG_BENCH_RUNS=$(RUNS) cargo bench --bench downtime
 
 .PHONY: lint
 lint: ## formatting, clippy, documentation: no warnings

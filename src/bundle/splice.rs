@@ -3,7 +3,7 @@
 //! A checkpoint that Podman exports is a tar archive, and its import takes from it whatever it
 //! knows by name, in any order. So the archive that crosses is: an entry `rootfs-diff.tar`, an
 //! entry `deleted.files`, and then Podman's own bytes unchanged, down to the empty blocks at its
-//! end. (Names: `RootFsDiffTar` and `DeletedFilesFile` of checkpoint-restore/checkpointctl, `lib/metadata.go`;
+//! end (but without what says that `/dev/shm` is empty). (Names: `RootFsDiffTar` and `DeletedFilesFile` of checkpoint-restore/checkpointctl, `lib/metadata.go`;
 //! their use: `CRApplyRootFsDiffTar` and `CRRemoveDeletedFiles` of Podman, `pkg/checkpoint/crutils`.)
 //!
 //! Podman must have been told to leave the root file system out (`ignoreRootFS=true`): an entry of
@@ -29,6 +29,12 @@ pub const ROOTFS_DIFF: &str = "rootfs-diff.tar";
 pub const DELETED_FILES: &str = "deleted.files";
 /// The name of CRIU's statistics in Podman's archive.
 pub const STATS_DUMP: &str = "stats-dump";
+
+/// The name of what was in `/dev/shm` (`DevShmCheckpointTar` of checkpointctl).
+const DEVSHM: &str = "devshm-checkpoint.tar";
+/// It is the first or second entry of Podman's archive, and small if it holds nothing: it lies
+/// within this many bytes from the beginning, or is left as it is.
+const SHM_WITHIN: usize = 8 << 10;
 
 /// The largest entry that is kept for a look: 64 KiB. CRIU's statistics are about 100 bytes.
 pub const MAX_CAPTURE: usize = 64 << 10;
@@ -74,7 +80,8 @@ where
     S: Stream<Item = Result<Bytes, E>> + Send,
     E: std::error::Error + Send + Sync + 'static,
 {
-    let (podman, captured) = watched(podman.map_err(|e| Error::Upstream(Box::new(e))), capture);
+    let podman = without_empty_shm(podman.map_err(|e| Error::Upstream(Box::new(e))));
+    let (podman, captured) = watched(podman, capture);
     (until_error(front(delta).chain(podman)), captured)
 }
 
@@ -155,6 +162,73 @@ fn content(file: std::fs::File, length: u64) -> impl Stream<Item = Result<Bytes>
         let done = done + piece.len() as u64;
         Ok(Some((Bytes::from(piece), (file, done))))
     })
+}
+
+/// Leaves the entry for `/dev/shm` out where there is nothing in it.
+///
+/// Podman starts a process of its own to unpack it, while the container is nowhere, and does well
+/// without it ("Container checkpoint doesn't contain dev/shm" in `libpod/container_internal_common.go`).
+fn without_empty_shm<S>(podman: S) -> impl Stream<Item = Result<Bytes>> + Send
+where
+    S: Stream<Item = Result<Bytes>> + Send,
+{
+    // What is withheld, until it is long enough to tell; nothing once that is done.
+    let withheld = Some(Vec::new());
+    let podman = Box::pin(podman);
+    stream::try_unfold(
+        (podman, withheld),
+        |(mut podman, mut withheld)| async move {
+            loop {
+                let next = podman.try_next().await?;
+                let Some(head) = &mut withheld else {
+                    return Ok(next.map(|piece| (piece, (podman, None))));
+                };
+                let over = next.is_none();
+                head.extend_from_slice(&next.unwrap_or_default());
+                if over || head.len() >= SHM_WITHIN {
+                    if let Some(entry) = empty_shm(head) {
+                        tracing::trace!("nothing in /dev/shm: its entry is left out");
+                        head.drain(entry);
+                    }
+                    let head = Bytes::from(std::mem::take(head));
+                    return Ok((!head.is_empty()).then_some((head, (podman, None))));
+                }
+            }
+        },
+    )
+}
+
+/// Where the entry for `/dev/shm` lies at the beginning of an archive, if that holds nothing but the
+/// directory itself, as Podman makes it at the destination anyway.
+fn empty_shm(archive: &[u8]) -> Option<std::ops::Range<usize>> {
+    /// A tar archive comes in blocks of this size.
+    const BLOCK: u64 = 512;
+    let mut entries = tar::Archive::new(archive);
+    for entry in entries.entries().ok()? {
+        let mut entry = entry.ok()?;
+        if entry.path_bytes().as_ref() != DEVSHM.as_bytes() {
+            continue;
+        }
+        let begin = usize::try_from(entry.raw_header_position()).ok()?;
+        let end = entry.raw_file_position() + entry.size().next_multiple_of(BLOCK);
+        let end = usize::try_from(end).ok()?;
+        if end > archive.len() {
+            return None;
+        }
+        let mut content = Vec::new();
+        entry.read_to_end(&mut content).ok()?;
+        let mut inside = tar::Archive::new(&content[..]);
+        let mut inside = inside.entries().ok()?;
+        let directory = inside.next()?.ok()?;
+        let header = directory.header();
+        let plain = directory.path_bytes().as_ref() == b"./"
+            && header.entry_type().is_dir()
+            && header.mode().ok()? & 0o7777 == 0o1777
+            && header.uid().ok()? == 0
+            && header.gid().ok()? == 0;
+        return (plain && inside.next().is_none()).then_some(begin..end);
+    }
+    None
 }
 
 /// Passes Podman's archive on unchanged, keeping the small entries that were asked for.
@@ -373,6 +447,52 @@ mod tests {
         let (whole, captured) = run(delta(b"", &[]), cut(&podman, &[4096]), &[STATS_DUMP]);
         assert_eq!(whole.expect("no failure"), podman);
         assert_eq!(captured.get(STATS_DUMP), None);
+    }
+
+    /// `/dev/shm` as Podman packs it: the directory, and perhaps a file.
+    fn shm(mode: u32, file: bool) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_ustar();
+        header.as_mut_bytes()[..2].copy_from_slice(b"./");
+        header.set_entry_type(tar::EntryType::Directory);
+        header.set_mode(mode);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_size(0);
+        header.set_cksum();
+        builder.append(&header, &[][..]).expect("appended");
+        if file {
+            header.set_entry_type(tar::EntryType::Regular);
+            builder
+                .append_data(&mut header, "queue", &[][..])
+                .expect("appended");
+        }
+        builder.into_inner().expect("finished")
+    }
+
+    #[test]
+    fn an_empty_shm_is_left_out_and_nothing_else() {
+        let before = ("artifacts".to_owned(), Vec::new());
+        let after = (STATS_DUMP.to_owned(), vec![3; 9000]);
+        for (content, left_out) in [
+            (shm(0o1777, false), true),
+            (shm(0o1777, true), false),
+            // Somebody has changed it.
+            (shm(0o755, false), false),
+            (vec![1; 1536], false),
+        ] {
+            for size in [100, 512, 5000, 100_000] {
+                let entry = (DEVSHM.to_owned(), content.clone());
+                let entries = [before.clone(), entry, after.clone()];
+                let podman = archive_of(&entries);
+                let (whole, _) = run(delta(b"", &[]), cut(&podman, &[size]), &[]);
+                let expected: Vec<Entry> = entries
+                    .into_iter()
+                    .filter(|(name, _)| !left_out || name != DEVSHM)
+                    .collect();
+                assert_eq!(entries_of(&whole.expect("no failure")), expected);
+            }
+        }
     }
 
     #[test]

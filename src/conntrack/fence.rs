@@ -18,8 +18,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Result;
-use super::ruleset::{self, add_empty, rule};
+use super::ruleset::{self, Rules, add_empty, rule};
 use crate::podman::ContainerId;
+
+const INSTALL: &str = "keep the frozen container quiet";
 
 /// A container that is kept quiet. It is a value that a journal can keep.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,14 +37,20 @@ impl Fence {
         format!("fence_{}", self.container.short())
     }
 
-    /// Keeps the container quiet from here on.
+    fn drop_chain(&self) -> String {
+        format!("{}_drop", self.chain())
+    }
+
+    /// Makes the rules, which nothing leads to yet: starting `nft` takes time that a frozen
+    /// container does not have.
     ///
     /// # Errors
     /// When `nft` cannot be run, or refuses.
-    pub async fn install(&self) -> Result<()> {
-        let chain = self.chain();
+    pub async fn prepare(&self) -> Result<()> {
+        let (chain, drop_chain) = (self.chain(), self.drop_chain());
         let mut commands = ruleset::base();
         commands.extend(add_empty(&chain));
+        commands.extend(add_empty(&drop_chain));
         let jump = json!({ "jump": { "target": chain } });
         commands.push(ruleset::named_rule(ruleset::NEW, &chain, &[jump]));
         for address in &self.addresses {
@@ -58,9 +66,17 @@ impl Fence {
                 matches("==", source, json!(address)),
                 json!({ "drop": null }),
             ];
-            commands.push(rule(&chain, &statements));
+            commands.push(rule(&drop_chain, &statements));
         }
-        ruleset::apply("keep the frozen container quiet", commands).await
+        ruleset::apply(INSTALL, commands).await
+    }
+
+    /// Keeps the container quiet from here on, by the rules that [`Fence::prepare`] has made.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked, or refuses.
+    pub fn install(&self) -> Result<()> {
+        Rules::open()?.add_jump(INSTALL, &self.chain(), &self.drop_chain())
     }
 
     /// Lets it speak again. It is no error if nothing keeps it from that.
@@ -69,9 +85,10 @@ impl Fence {
     /// When the kernel cannot be asked, or refuses.
     pub async fn remove(&self) -> Result<()> {
         const DOING: &str = "let the container speak again";
-        let chain = self.chain();
+        // What jumps goes before what is jumped to.
+        let chains = [self.chain(), self.drop_chain()];
         ruleset::blocking(DOING, move |rules| {
-            rules.remove(DOING, &[chain], Vec::new)?;
+            rules.remove(DOING, &chains, Vec::new)?;
             rules.remove_unused()
         })
         .await

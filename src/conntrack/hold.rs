@@ -340,6 +340,7 @@ pub struct HoldReport {
 #[derive(Debug)]
 pub struct Hold {
     spec: HoldSpec,
+    since: Instant,
     orders: mpsc::UnboundedSender<To>,
     thread: Option<JoinHandle<Result<HoldReport>>>,
     held: Arc<AtomicU64>,
@@ -365,14 +366,16 @@ impl Hold {
             })
             .map_err(|source| socket_error("start the thread of a hold", source))?;
         // From here on, dropping clears everything away.
-        let hold = Hold {
+        let mut hold = Hold {
             spec,
+            since: Instant::now(),
             orders,
             thread: Some(thread),
             held,
         };
         // The rules lead to an empty chain so far. This one, put into it, is the switch: it takes
         // effect for both chains at once, without another start of nft.
+        hold.since = Instant::now();
         rules.add_queue(&hold.spec.queue_chain(), hold.spec.queue)?;
         Ok(hold)
     }
@@ -380,6 +383,11 @@ impl Hold {
     /// What is being held.
     pub fn spec(&self) -> &HoldSpec {
         &self.spec
+    }
+
+    /// The moment before the first packet could wait.
+    pub fn since(&self) -> Instant {
+        self.since
     }
 
     /// How many packets have been held so far.

@@ -230,15 +230,28 @@ impl Rules {
     /// target.
     pub(super) fn add_queue(&mut self, chain: &str, queue: u16) -> Result<()> {
         const DOING: &str = "send packets to a queue";
-        match self.commit(DOING, None, vec![queue_rule(chain, &native_queue(queue))]) {
+        match self.commit(
+            DOING,
+            None,
+            vec![expression_rule(chain, &native_queue(queue))],
+        ) {
             Err(e) if e.errno() == Some(Errno::NOENT) => {}
             outcome => return Ok(outcome?),
         }
         tracing::debug!("no nft_queue in this kernel: trying the xtables target");
-        match self.commit(DOING, None, vec![queue_rule(chain, &xtables_queue(queue))]) {
+        match self.commit(
+            DOING,
+            None,
+            vec![expression_rule(chain, &xtables_queue(queue))],
+        ) {
             Err(e) if e.errno() == Some(Errno::NOENT) => Err(Error::NoQueue),
             outcome => Ok(outcome?),
         }
+    }
+
+    /// Appends a rule to `chain` that jumps to another, without another start of nft.
+    pub(super) fn add_jump(&mut self, doing: &'static str, chain: &str, to: &str) -> Result<()> {
+        Ok(self.commit(doing, None, vec![expression_rule(chain, &jump(to))])?)
     }
 
     /// The handles of the rules of the base chains that carry one of these names as their comment,
@@ -390,7 +403,7 @@ fn is_restart(error: &netlink::Error) -> bool {
         .is_some_and(|errno| errno.raw_os_error() == 85)
 }
 
-fn queue_rule(chain: &str, expression: &Body) -> Request {
+fn expression_rule(chain: &str, expression: &Body) -> Request {
     let mut body = Body::netfilter(NFPROTO_INET, 0);
     body.text(nft::RULE_TABLE, TABLE)
         .text(nft::RULE_CHAIN, chain)
@@ -398,6 +411,26 @@ fn queue_rule(chain: &str, expression: &Body) -> Request {
             list.nest(nft::LIST_ELEM, |element| element.append(expression));
         });
     Request::new(nft::NEWRULE, body).with(NlmF::CREATE | NlmF::APPEND)
+}
+
+/// `jump CHAIN`.
+fn jump(to: &str) -> Body {
+    let mut body = Body::default();
+    body.text(nft::EXPR_NAME, "immediate")
+        .nest(nft::EXPR_DATA, |data| {
+            data.leaf(
+                nft::IMMEDIATE_REGISTER,
+                &nft::REGISTER_VERDICT.to_be_bytes(),
+            )
+            .nest(nft::IMMEDIATE_DATA, |data| {
+                data.nest(nft::DATA_VERDICT, |verdict| {
+                    verdict
+                        .leaf(nft::VERDICT_CODE, &nft::JUMP.to_be_bytes())
+                        .text(nft::VERDICT_CHAIN, to);
+                });
+            });
+        });
+    body
 }
 
 /// `queue flags bypass to N`.

@@ -161,6 +161,15 @@ pub mod nft {
     pub const TARGET_NAME: u16 = 1;
     pub const TARGET_REV: u16 = 2;
     pub const TARGET_INFO: u16 = 3;
+    /// `NFTA_IMMEDIATE_DREG`, `_DATA`; `NFTA_DATA_VERDICT`; `NFTA_VERDICT_CODE`, `_CHAIN`.
+    pub const IMMEDIATE_REGISTER: u16 = 1;
+    pub const IMMEDIATE_DATA: u16 = 2;
+    pub const DATA_VERDICT: u16 = 2;
+    pub const VERDICT_CODE: u16 = 1;
+    pub const VERDICT_CHAIN: u16 = 2;
+    /// `NFT_REG_VERDICT` of `enum nft_registers`, `NFT_JUMP` of `enum nft_verdicts`.
+    pub const REGISTER_VERDICT: u32 = 0;
+    pub const JUMP: i32 = -3;
     /// `NFTA_QUEUE_*`.
     pub const QUEUE_NUM: u16 = 1;
     pub const QUEUE_TOTAL: u16 = 2;

@@ -25,28 +25,22 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
         .ok_or(Error::OutOfOrder("freezer"))?;
     let within = migration.request.config.freeze_timeout;
     freezer.freeze(within).await?;
+    if let Some(fence) = &migration.fence {
+        fence.install()?;
+    }
 
     let hop = migration.hop()?;
     let container = &migration.preflight.container;
     let staging = migration.request.config.staging_dir();
     std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
     let changed = async { Ok::<_, Error>(DeltaFile::make(layers(container)?, staging).await?) };
-    let fence = migration.fence.clone();
-    let fenced = async {
-        match fence {
-            Some(fence) => Ok::<_, Error>(fence.install().await?),
-            None => Ok(()),
-        }
-    };
-    // All run to their ends, also when one fails: a rule that `nft` is about to make must not come
-    // after it was undone.
-    let (checkpoint, changed, flows, fenced) = futures::join!(
+    // All run to their ends, also when one fails: what is about to be changed must not come after it
+    // was undone.
+    let (checkpoint, changed, flows) = futures::join!(
         checkpoint(&migration.hands.podman, container),
         changed,
         steer::mark(container, &migration.preflight.offer.networks, hop),
-        fenced,
     );
-    fenced?;
     migration.flows = flows?;
     migration.frozen = Some(Frozen {
         checkpoint: checkpoint?,

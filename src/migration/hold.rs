@@ -59,11 +59,16 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         },
     ]);
     migration.journal.will(effects)?;
+    if let Some(fence) = &fence {
+        fence.prepare().await?;
+    }
     migration.freezer = Some(freezer);
     migration.fence = fence;
     migration.held_since = Some(Instant::now());
     if on_a_network {
-        migration.hands.hold = Some(Hold::start(spec).await?);
+        let hold = Hold::start(spec).await?;
+        migration.held_since = Some(hold.since());
+        migration.hands.hold = Some(hold);
     }
     Ok(())
 }

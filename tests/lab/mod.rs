@@ -31,7 +31,8 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/lab");
+/// The lab, for the shell.
+pub const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/lab");
 
 /// The image that hosts have, unless they are [cold](Builder::cold).
 pub const IMAGE: &str = "localhost/workload:latest";

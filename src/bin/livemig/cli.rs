@@ -178,6 +178,10 @@ pub enum Command {
         /// destination, and there is no way back.
         #[arg(long, value_name = "PHASE")]
         rehearse: Option<Phase>,
+
+        /// Write the report of a migration that went well into this file as well, as JSON
+        #[arg(long, value_name = "FILE")]
+        report: Option<PathBuf>,
     },
 
     /// Look whether a container could move, and say what stands in the way

@@ -1,5 +1,6 @@
 //! What each subcommand does: a call or two into the library, and how the answer is shown.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -36,11 +37,12 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             what,
             keep_volumes,
             rehearse,
+            report,
         } => {
             let request = request(config, what)
                 .keep_volumes(keep_volumes)
                 .rehearse(rehearse);
-            migrate(request, json).await
+            migrate(request, report.as_deref(), json).await
         }
         Command::Check(what) => check(&request(config, what), json).await,
         Command::Plan(what) => plan(&request(config, what), json).await,
@@ -257,7 +259,11 @@ fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn migrate(request: Request, json: bool) -> Result<ExitCode, Error> {
+async fn migrate(
+    request: Request,
+    report_to: Option<&Path>,
+    json: bool,
+) -> Result<ExitCode, Error> {
     let cancel = CancellationToken::new();
     let request = request.cancel(cancel.clone());
     // Asked to stop, it undoes what it has done; asked again, it goes on undoing.
@@ -268,6 +274,18 @@ async fn migrate(request: Request, json: bool) -> Result<ExitCode, Error> {
     let mut progress = Progress::new(json);
     let outcome = migration::migrate(&request, &mut progress).await;
     drop(progress);
+    if let (Ok(report), Some(path)) = (&outcome, report_to) {
+        // The container has moved: that the file cannot be written must not look as if it had not.
+        let written = serde_json::to_vec_pretty(report)
+            .map_err(std::io::Error::from)
+            .and_then(|text| std::fs::write(path, text));
+        if let Err(error) = written {
+            eprintln!(
+                "livemig: cannot write the report to {}: {error}",
+                path.display()
+            );
+        }
+    }
     match outcome {
         Err(Error::RolledBack {
             cause, leftovers, ..
