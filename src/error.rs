@@ -46,6 +46,11 @@ pub enum Error {
     /// The rehearsal went as far as it was asked to.
     #[error("rehearsed up to the end of phase {0}")]
     Rehearsed(Phase),
+    /// The rehearsal was to go further than there is a way back.
+    #[error(
+        "phase {0} cannot be rehearsed: once packets are let go, peers have heard the container at the destination, and there is no way back"
+    )]
+    NotRehearsable(Phase),
     /// A step failed, and what came before it was undone.
     #[error("{}; {}", with_sources(cause.as_ref()), aftermath(leftovers))]
     RolledBack {
@@ -98,6 +103,14 @@ pub enum Error {
         peer: String,
         /// What is left there.
         leftovers: String,
+    },
+    /// The other host says no, or could not do its part.
+    #[error("{host} says: {source}")]
+    Elsewhere {
+        /// Its name here.
+        host: String,
+        /// What it says.
+        source: agent::Error,
     },
     /// A phase was run without what an earlier one has to leave it.
     #[error("the {0} is missing: phases ran out of order")]
@@ -171,11 +184,15 @@ impl Error {
             | Error::NoAddress(_)
             | Error::Refused { .. }
             | Error::Busy { .. } => Class::Refused,
+            Error::NotRehearsable(_) => Class::Usage,
+            Error::Podman(podman::Error::Connect { .. } | podman::Error::Name { .. }) => {
+                Class::Refused
+            }
             Error::Podman(error) if error.is_not_found() => Class::Refused,
             Error::Agent(agent::Error::UnknownPeer { .. } | agent::Error::BadName { .. }) => {
                 Class::Refused
             }
-            Error::Agent(_) => Class::Unreachable,
+            Error::Agent(_) | Error::Elsewhere { .. } => Class::Unreachable,
             Error::Interrupted(_) | Error::Rehearsed(_) => Class::Interrupted,
             Error::RolledBack { leftovers, .. } if !leftovers.is_empty() => Class::Leftovers,
             Error::RolledBack { cause, .. } if matches!(**cause, Error::Interrupted(_)) => {
@@ -184,6 +201,41 @@ impl Error {
             Error::RolledBack { .. } => Class::RolledBack,
             Error::InDoubt { .. } => Class::InDoubt,
             _ => Class::Unexpected,
+        }
+    }
+
+    /// What it is in a word that stays the same from version to version, so that scripts can act on
+    /// it. The findings of [`Error::Refused`] have codes of their own.
+    pub fn code(&self) -> &str {
+        match self {
+            Error::NotRoot => "not-root",
+            Error::NoAddress(_) => "no-address",
+            Error::NoPodman(_) | Error::Podman(podman::Error::Connect { .. }) => "no-podman",
+            Error::Refused { .. } => "refused",
+            Error::Busy { .. } => "busy",
+            Error::Interrupted(_) => "interrupted",
+            Error::Rehearsed(_) => "rehearsed",
+            Error::RolledBack { cause, .. } => cause.code(),
+            Error::InDoubt { .. } => "in-doubt",
+            Error::Podman(error) if error.is_not_found() => "not-found",
+            Error::Podman(podman::Error::Name { .. })
+            | Error::Agent(agent::Error::BadName { .. }) => "bad-name",
+            Error::Agent(error) => match error {
+                agent::Error::UnknownPeer { .. } => "unknown-host",
+                agent::Error::Connect { .. } => "unreachable",
+                agent::Error::NotAdmitted { .. } => "not-admitted",
+                agent::Error::WrongHost { .. } => "wrong-host",
+                agent::Error::Protocol { .. } => "protocol-version",
+                agent::Error::Refused { code, .. } => code,
+                _ => "agent",
+            },
+            Error::Elsewhere {
+                source: agent::Error::Refused { code, .. },
+                ..
+            } => code,
+            Error::Dump { .. } => "dump",
+            Error::Restore { .. } => "restore",
+            _ => "failed",
         }
     }
 
@@ -201,11 +253,17 @@ impl Error {
                     .collect();
                 (!next.is_empty()).then(|| next.join("; "))
             }
+            Error::NotRehearsable(_) => {
+                Some("the last phase that can be rehearsed is restore".to_owned())
+            }
             Error::Busy { .. } => Some("wait for it to end, or stop that process".to_owned()),
             Error::RolledBack { cause, .. } => cause.hint(),
             Error::InDoubt { destination, .. } => Some(format!(
                 "see to it that {destination} answers, then run `livemig recover` here"
             )),
+            Error::Podman(error) if error.is_not_found() => {
+                Some("`livemig ps` lists the containers of this host".to_owned())
+            }
             Error::Podman(error) => error.hint(),
             Error::Dump { .. } | Error::Restore { .. } => None,
             Error::Criu(error) => error.hint(),
@@ -214,6 +272,7 @@ impl Error {
             Error::Conntrack(error) => error.hint(),
             Error::Netlink(error) => error.hint(),
             Error::Agent(error) => error.hint(),
+            Error::Elsewhere { host, source } => Some(format!("on {host}: {}", source.hint()?)),
             _ => None,
         }
     }
@@ -221,6 +280,18 @@ impl Error {
     /// The error with all that it was caused by, in one line.
     pub fn full(&self) -> String {
         with_sources(self)
+    }
+
+    /// An error of a call to the host of this name, which is to be named where it is the one that
+    /// says no.
+    pub(crate) fn of_host(host: &str) -> impl FnOnce(agent::Error) -> Error {
+        move |error| match error {
+            source @ agent::Error::Refused { .. } => Error::Elsewhere {
+                host: host.to_owned(),
+                source,
+            },
+            error => error.into(),
+        }
     }
 
     pub(crate) fn file(

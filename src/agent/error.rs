@@ -303,8 +303,10 @@ impl Error {
                 path.display()
             ),
             Error::UnknownPeer { .. } => {
-                "make the hosts known to each other: `livemig invite` there, `livemig join TOKEN` here".into()
+                "`livemig hosts` lists those that are; to add one: `livemig invite` there, `livemig join TOKEN` here"
+                    .into()
             }
+            Error::BadName { .. } => "`livemig hosts` lists the names of those that are known".into(),
             Error::NameTaken { name, .. } => {
                 format!("choose another name, or remove the host {name} first if it is gone")
             }

@@ -332,6 +332,7 @@ pub(crate) async fn at_destination(podman: &Client, offer: &Offer) -> Result<Ass
     let networks_to_make = networks(podman, offer, &mut findings).await?;
     ports(podman, container, &mut findings).await?;
     mounts(podman, container, &mut findings).await?;
+    secrets(podman, container, &mut findings).await?;
     Ok(Assessment {
         findings,
         image_present,
@@ -512,6 +513,34 @@ async fn mounts(podman: &Client, container: &Container, findings: &mut Vec<Findi
                 ));
             }
             _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Podman looks the mounted ones up when it restores; those that were environment variables are in
+/// the container's memory, and needed only when it is started anew.
+async fn secrets(
+    podman: &Client,
+    container: &Container,
+    findings: &mut Vec<Finding>,
+) -> Result<()> {
+    for name in &container.secrets {
+        if !podman.secret_exists(name).await? {
+            findings.push(Finding::refuse(
+                Code::SecretMissing,
+                format!("the secret {name} is not there at the destination"),
+                format!("create it there: podman secret create {name} FILE"),
+            ));
+        }
+    }
+    for name in &container.environment_secrets {
+        if !podman.secret_exists(name).await? {
+            findings.push(Finding::warn(
+                Code::SecretMissing,
+                format!("the secret {name} is not there at the destination, where the container can run but not be started anew"),
+                format!("create it there: podman secret create {name} FILE"),
+            ));
         }
     }
     Ok(())

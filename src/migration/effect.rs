@@ -11,7 +11,7 @@ use crate::agent::protocol::MigrationId;
 use crate::conntrack::Fence;
 use crate::conntrack::hold::HoldSpec;
 use crate::criu::Freezer;
-use crate::podman::{ContainerId, ImageId};
+use crate::podman::{ContainerId, ImageId, PublishedPort};
 use crate::tunnel::HopId;
 
 /// What the destination was asked for.
@@ -65,7 +65,8 @@ pub enum Effect {
         hop: HopId,
     },
     /// The container is gone from here for good. Never undone: it is done only past the point of no
-    /// return, and after a crash it is done again.
+    /// return, and after a crash it is done again. It is written down before, so that there is no
+    /// need to when the destination says that the container runs.
     Forget {
         /// Its ID.
         container: ContainerId,
@@ -95,6 +96,9 @@ pub enum Effect {
         container: ContainerId,
         /// Named volumes that were not here before.
         volumes: Vec<String>,
+        /// The ports that it publishes.
+        #[serde(default)]
+        ports: Vec<PublishedPort>,
     },
 }
 
@@ -121,10 +125,14 @@ impl std::fmt::Display for Effect {
             Effect::Network { name } => write!(f, "network {name}"),
             Effect::Image { id } => write!(f, "image {id}"),
             Effect::Flows { .. } => write!(f, "flows inserted for the container"),
-            Effect::Restored { container, volumes } if volumes.is_empty() => {
+            Effect::Restored {
+                container, volumes, ..
+            } if volumes.is_empty() => {
                 write!(f, "container {container}")
             }
-            Effect::Restored { container, volumes } => {
+            Effect::Restored {
+                container, volumes, ..
+            } => {
                 write!(
                     f,
                     "container {container} and volumes {}",

@@ -25,23 +25,26 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
         .ok_or(Error::OutOfOrder("freezer"))?;
     let within = migration.request.config.freeze_timeout;
     freezer.freeze(within).await?;
-    let fence = migration.fence.clone().ok_or(Error::OutOfOrder("fence"))?;
-    fence.install()?;
+    if let Some(fence) = &migration.fence {
+        fence.install()?;
+    }
 
     let hop = migration.hop()?;
     let container = &migration.preflight.container;
     let staging = migration.request.config.staging_dir();
     std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
-    let changed = async { Ok(DeltaFile::make(layers(container)?, staging).await?) };
-    let (checkpoint, changed, flows) = futures::try_join!(
+    let changed = async { Ok::<_, Error>(DeltaFile::make(layers(container)?, staging).await?) };
+    // All run to their ends, also when one fails: a mark that is about to be set must not come
+    // after it was undone.
+    let (checkpoint, changed, flows) = futures::join!(
         checkpoint(&migration.hands.podman, container),
         changed,
         steer::mark(container, &migration.preflight.offer.networks, hop),
-    )?;
-    migration.flows = flows;
+    );
+    migration.flows = flows?;
     migration.frozen = Some(Frozen {
-        checkpoint,
-        changed,
+        checkpoint: checkpoint?,
+        changed: changed?,
     });
     Ok(())
 }

@@ -2,8 +2,11 @@
 //!
 //! Everything that the downtime will change on this host is written into the journal here, with one
 //! sync, before the first packet waits: the disk has no part in the downtime.
+//!
+//! A container without an address has no packets: none wait, and its silence needs no fence.
 
 use std::path::Path;
+use std::time::Instant;
 
 use super::{Asked, Effect, Migration};
 use crate::conntrack::Fence;
@@ -16,6 +19,7 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     let container = &migration.preflight.container;
     let hop = migration.hop()?;
     let addresses: Vec<_> = container.addresses().collect();
+    let on_a_network = !addresses.is_empty();
     let spec = HoldSpec {
         ports: container.ports.iter().filter_map(held_ports).collect(),
         hop: Some(hop),
@@ -26,33 +30,46 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         container.pid.ok_or(Error::OutOfOrder("process"))?,
         Path::new("/"),
     )?;
-    let fence = Fence {
+    let fence = on_a_network.then(|| Fence {
         container: container.id.clone(),
         addresses: addresses.clone(),
-    };
+    });
     let destination = Effect::Destination {
         peer: migration.request.to.clone(),
         migration: migration.id.clone(),
         asked: Asked::Restore,
     };
-    // Undone from the last to the first: the destination gives up its copy before anything here moves.
-    migration.journal.will([
-        Effect::Hold { spec: spec.clone() },
-        Effect::Fenced {
-            fence: fence.clone(),
-        },
-        Effect::Frozen {
-            freezer: freezer.clone(),
-        },
+    // Undone from the last to the first: the destination gives up its copy before anything here
+    // moves, and the container may speak before it moves, or its first words would be lost.
+    let mut effects = Vec::new();
+    if fence.is_some() {
+        effects.push(Effect::Hold { spec: spec.clone() });
+    }
+    effects.push(Effect::Frozen {
+        freezer: freezer.clone(),
+    });
+    effects.extend(fence.clone().map(|fence| Effect::Fenced { fence }));
+    effects.extend([
         Effect::Steered { addresses, hop },
         destination,
-    ])?;
-    fence.prepare().await?;
+        // Done last if all goes well, and first if a crash has to be finished: while it is fenced.
+        Effect::Forget {
+            container: container.id.clone(),
+            keep_volumes: migration.request.keep_volumes,
+        },
+    ]);
+    migration.journal.will(effects)?;
+    if let Some(fence) = &fence {
+        fence.prepare().await?;
+    }
     migration.freezer = Some(freezer);
-    migration.fence = Some(fence);
-    let hold = Hold::start(spec).await?;
-    migration.held_since = Some(hold.since());
-    migration.hands.hold = Some(hold);
+    migration.fence = fence;
+    migration.held_since = Some(Instant::now());
+    if on_a_network {
+        let hold = Hold::start(spec).await?;
+        migration.held_since = Some(hold.since());
+        migration.hands.hold = Some(hold);
+    }
     Ok(())
 }
 

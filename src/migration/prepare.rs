@@ -73,7 +73,11 @@ async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
         hop: own,
     };
     let path = format!("/v1/migrations/{}", migration.id);
-    let prepared: Prepared = migration.connection.call(Method::POST, &path, &ask).await?;
+    let prepared: Prepared = migration
+        .connection
+        .call(Method::POST, &path, &ask)
+        .await
+        .map_err(Error::of_host(&migration.request.to))?;
 
     // The guard first: from the moment the peer is let in, packets can come.
     steer::install(id).await?;
@@ -126,7 +130,7 @@ async fn send_image(migration: &mut Migration<'_>) -> Result<()> {
     let cancel = migration.request.cancel.clone();
     let Nothing {} = loop {
         tokio::select! {
-            answer = &mut call => break answer?,
+            answer = &mut call => break answer.map_err(Error::of_host(&migration.request.to))?,
             Ok(()) = told.changed() => {
                 let bytes = *told.borrow_and_update();
                 migration.clock.observer.observe(Event::Sent { what: Cargo::Image, bytes, total: size });

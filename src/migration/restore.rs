@@ -20,7 +20,7 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
         within,
     );
     let running: Running = tokio::select! {
-        answer = answer => answer?,
+        answer = answer => answer.map_err(Error::of_host(&migration.request.to))?,
         () = migration.request.cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
     };
     let bytes = stream.progress.wire();

@@ -4,12 +4,12 @@
 //! released, so that the release itself is all that is left to do when the destination says "running".
 
 use super::{Migration, check};
+use crate::Result;
 use crate::conntrack::hold::To;
 use crate::conntrack::{Flow, Table};
 use crate::netlink::Namespace;
 use crate::podman::{Container, Network};
 use crate::tunnel::HopId;
-use crate::{Error, Result};
 
 /// Reads a container's flows and points each at the hop.
 ///
@@ -45,15 +45,19 @@ pub(super) async fn mark(
 }
 
 pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
-    let hold = migration
-        .hands
-        .hold
-        .take()
-        .ok_or(Error::OutOfOrder("hold"))?;
-    // Packets pass within a millisecond from here; what takes longer is removing the rules.
+    // The first packet that passes is the point of no return: what the world has heard of the copy
+    // is never taken back.
+    migration.let_go = true;
+    // They pass within a millisecond; what takes longer is removing the rules.
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
     }
-    migration.held = hold.release(To::Destination).await?;
+    // A container without an address has no packets.
+    if let Some(hold) = migration.hands.hold.take() {
+        match hold.release(To::Destination).await {
+            Ok(held) => migration.held = held,
+            Err(error) => migration.note("letting the packets go", Err(error.into())),
+        }
+    }
     Ok(())
 }

@@ -48,6 +48,7 @@ mod inspect;
 mod network;
 mod request;
 mod restore;
+mod secret;
 mod volume;
 
 pub use checkpoint::CheckpointOptions;

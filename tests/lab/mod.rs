@@ -15,6 +15,8 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+pub mod pair;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -747,6 +749,11 @@ impl Census {
         self.sections
             .get(name)
             .unwrap_or_else(|| panic!("a census has no section {name}"))
+    }
+
+    /// The names of its sections.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.sections.keys().map(String::as_str)
     }
 
     /// What differs, or nothing when nothing does.

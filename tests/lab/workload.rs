@@ -20,7 +20,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -33,6 +33,7 @@ usage: workload VERB ...
 servers:
   echo PORT [--host v4|v6]                answers numbered requests; commands too
   files PORT                              the same: `stat PATH` is a command
+  uring PORT                              the same, and holds an io_uring, which CRIU cannot save
   greet PORT --control PORT [--every-ms N]  speaks first: numbered lines, by the clock or when told to
   bulk PORT                               sends and receives pseudo-random data, checks it
   udp-echo PORT [--host v4|v6]
@@ -67,6 +68,12 @@ fn run(arguments: &mut Arguments) -> io::Result<()> {
     match verb.as_str() {
         "echo" | "files" => {
             let mut server = Server::default();
+            server.listen(arguments.address()?, Role::Echo)?;
+            server.run()
+        }
+        "uring" => {
+            let mut server = Server::default();
+            let _ring = io_uring()?;
             server.listen(arguments.address()?, Role::Echo)?;
             server.run()
         }
@@ -263,6 +270,22 @@ unsafe extern "C" {
     ) -> i32;
     fn llistxattr(path: *const u8, list: *mut u8, size: usize) -> isize;
     fn lgetxattr(path: *const u8, name: *const u8, value: *mut u8, size: usize) -> isize;
+    fn syscall(number: i64, ...) -> i64;
+}
+
+/// Makes an io_uring that nobody submits anything to.
+fn io_uring() -> io::Result<OwnedFd> {
+    /// `io_uring_setup` in the kernel's asm-generic/unistd.h; the same on x86-64.
+    const SETUP: i64 = 425;
+    const ENTRIES: u32 = 4;
+    // `struct io_uring_params` has 120 bytes; all zero is a plain ring.
+    let mut parameters = [0u64; 15];
+    // SAFETY: the kernel writes no more than the structure, whose size this is.
+    match unsafe { syscall(SETUP, ENTRIES, parameters.as_mut_ptr()) } {
+        // SAFETY: the kernel just made it, for us alone.
+        ring if ring >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(ring as RawFd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 static STOP: AtomicBool = AtomicBool::new(false);

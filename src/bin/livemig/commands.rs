@@ -10,7 +10,7 @@ use livemig::agent::{
     Sessions, Token, Trust,
 };
 use livemig::conntrack::Direction;
-use livemig::migration::{self, Event, Observer, Preflight};
+use livemig::migration::{self, Event, Observer};
 use livemig::{Config, Error, Request};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use crate::cli::{Cli, Command, Move};
 use crate::exit;
 use crate::progress::{Bytes, Progress, summary};
 use crate::table::Table;
+use crate::verdict;
 
 pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
     let config = cli.place.config();
@@ -104,16 +105,37 @@ async fn agent(config: Config, listen: std::net::SocketAddr) -> Result<ExitCode,
 /// Ends when somebody wants the program to end.
 async fn asked_to_stop() {
     use tokio::signal::unix::{SignalKind, signal};
+    // A lost terminal ends the program as well, unless it was started to survive that (nohup).
+    let survives = ignores_hangup();
     let (Ok(mut terminate), Ok(mut interrupt)) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
     ) else {
         return std::future::pending().await;
     };
+    let hangup = async {
+        match (survives, signal(SignalKind::hangup())) {
+            (false, Ok(mut hangup)) => hangup.recv().await,
+            _ => std::future::pending().await,
+        }
+    };
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        _ = hangup => {}
     }
+}
+
+/// Whether the signal for a lost terminal was ignored when the program began: `SigIgn` in
+/// proc_pid_status(5).
+fn ignores_hangup() -> bool {
+    const SIGHUP_BIT: u64 = 1;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & SIGHUP_BIT != 0)
 }
 
 /// What this host calls itself: its host name, as far as that can be one.
@@ -215,6 +237,7 @@ async fn join(
 }
 
 fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
     let peers = Peers::open(&config.state_dir, &Limits::default())?.list()?;
     if json {
         return Ok(print_json(&peers));
@@ -301,15 +324,9 @@ async fn migrate(
 async fn check(request: &Request, json: bool) -> Result<ExitCode, Error> {
     let preflight = migration::check(request).await?;
     if json {
-        print_json(&serde_json::json!({
-            "container": preflight.container.name,
-            "destination": request.to,
-            "passes": preflight.passes(),
-            "findings": preflight.findings,
-            "flows": preflight.flows.len(),
-        }));
+        print_json(&verdict::json(&preflight, &request.to));
     } else {
-        findings(&preflight, &request.to);
+        verdict::print(&preflight, &request.to);
     }
     Ok(if preflight.passes() {
         ExitCode::SUCCESS
@@ -318,40 +335,12 @@ async fn check(request: &Request, json: bool) -> Result<ExitCode, Error> {
     })
 }
 
-fn findings(preflight: &Preflight, destination: &str) {
-    let name = &preflight.container.name;
-    if !preflight.findings.is_empty() {
-        let mut table = Table::new(&["", "code", "what", "what to do"]);
-        for finding in &preflight.findings {
-            let mark = if finding.refuses() { "no" } else { "warning" };
-            table.row([
-                mark.to_owned(),
-                finding.code.to_string(),
-                finding.what.clone(),
-                finding.next.clone(),
-            ]);
-        }
-        print!("{table}");
-    }
-    let image = if preflight.assessment.image_present {
-        "has the image"
-    } else {
-        "will be sent the image"
-    };
-    if preflight.passes() {
-        println!(
-            "`{name}` can move to {destination}, which {image}; {} connections go along",
-            preflight.flows.len()
-        );
-    } else {
-        println!("`{name}` cannot move to {destination}");
-    }
-}
-
 async fn plan(request: &Request, json: bool) -> Result<ExitCode, Error> {
     let plan = migration::plan(request).await?;
     if json {
-        print_json(&plan);
+        let mut answer = verdict::json(&plan.preflight, &request.to);
+        answer["steps"] = serde_json::json!(plan.steps);
+        print_json(&answer);
     } else {
         let mut table = Table::new(&["phase", "where", "what", "undone by"]);
         for step in &plan.steps {
@@ -367,7 +356,8 @@ async fn plan(request: &Request, json: bool) -> Result<ExitCode, Error> {
             ]);
         }
         print!("{table}");
-        findings(&plan.preflight, &request.to);
+        println!();
+        verdict::print(&plan.preflight, &request.to);
     }
     Ok(if plan.preflight.passes() {
         ExitCode::SUCCESS

@@ -6,7 +6,12 @@ use livemig::{Class, Error};
 
 /// The code that tells a script what became of the container.
 pub fn code(error: &Error) -> ExitCode {
-    ExitCode::from(match error.class() {
+    ExitCode::from(number(error))
+}
+
+/// The same as a number.
+pub fn number(error: &Error) -> u8 {
+    match error.class() {
         Class::Unexpected => 1,
         Class::Usage => 2,
         Class::Refused => 3,
@@ -15,7 +20,7 @@ pub fn code(error: &Error) -> ExitCode {
         Class::Leftovers => 6,
         Class::InDoubt => 7,
         Class::Interrupted => 130,
-    })
+    }
 }
 
 /// The container moved, but the source could not be tidied altogether.
