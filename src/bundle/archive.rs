@@ -536,7 +536,7 @@ fn name(block: &[u8; BLOCK]) -> Vec<u8> {
     }
 }
 
-fn octal(field: &[u8]) -> Option<u64> {
+pub(super) fn octal(field: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(until_nul(field))
         .ok()?
         .trim_matches(' ');

@@ -201,34 +201,34 @@ where
 /// Where the entry for `/dev/shm` lies at the beginning of an archive, if that holds nothing but the
 /// directory itself, as Podman makes it at the destination anyway.
 fn empty_shm(archive: &[u8]) -> Option<std::ops::Range<usize>> {
-    /// A tar archive comes in blocks of this size.
-    const BLOCK: u64 = 512;
-    let mut entries = tar::Archive::new(archive);
-    for entry in entries.entries().ok()? {
-        let mut entry = entry.ok()?;
-        if entry.path_bytes().as_ref() != DEVSHM.as_bytes() {
+    /// A tar archive comes in blocks of this size: a header, then content.
+    const BLOCK: usize = 512;
+    // Where POSIX (pax, "ustar Interchange Format") has name, mode, owner, group, size and type.
+    let name = |header: &[u8]| {
+        let end = header[..100].iter().position(|byte| *byte == 0);
+        header[..end.unwrap_or(100)].to_vec()
+    };
+    let number = |header: &[u8], from: usize, to: usize| archive::octal(&header[from..to]);
+    let mut begin = 0;
+    loop {
+        let header = archive.get(begin..begin + BLOCK)?;
+        let size = usize::try_from(number(header, 124, 136)?).ok()?;
+        let end = (begin + BLOCK).checked_add(size.checked_next_multiple_of(BLOCK)?)?;
+        if name(header) != DEVSHM.as_bytes() {
+            begin = end;
             continue;
         }
-        let begin = usize::try_from(entry.raw_header_position()).ok()?;
-        let end = entry.raw_file_position() + entry.size().next_multiple_of(BLOCK);
-        let end = usize::try_from(end).ok()?;
-        if end > archive.len() {
-            return None;
-        }
-        let mut content = Vec::new();
-        entry.read_to_end(&mut content).ok()?;
-        let mut inside = tar::Archive::new(&content[..]);
-        let mut inside = inside.entries().ok()?;
-        let directory = inside.next()?.ok()?;
-        let header = directory.header();
-        let plain = directory.path_bytes().as_ref() == b"./"
-            && header.entry_type().is_dir()
-            && header.mode().ok()? & 0o7777 == 0o1777
-            && header.uid().ok()? == 0
-            && header.gid().ok()? == 0;
-        return (plain && inside.next().is_none()).then_some(begin..end);
+        let content = archive.get(begin + BLOCK..end)?;
+        let (directory, rest) = content.split_at_checked(BLOCK)?;
+        let plain = name(directory) == b"./"
+            && directory[156] == b'5'
+            && number(directory, 100, 108)? & 0o7777 == 0o1777
+            && number(directory, 108, 116)? == 0
+            && number(directory, 116, 124)? == 0
+            // Nothing follows but the end of the archive.
+            && rest.iter().all(|byte| *byte == 0);
+        return plain.then_some(begin..end);
     }
-    None
 }
 
 /// Passes Podman's archive on unchanged, keeping the small entries that were asked for.

@@ -34,8 +34,8 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     let staging = migration.request.config.staging_dir();
     std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
     let changed = async { Ok::<_, Error>(DeltaFile::make(layers(container)?, staging).await?) };
-    // All run to their ends, also when one fails: what is about to be changed must not come after it
-    // was undone.
+    // All run to their ends, also when one fails: a mark that is about to be set must not come
+    // after it was undone.
     let (checkpoint, changed, flows) = futures::join!(
         checkpoint(&migration.hands.podman, container),
         changed,
