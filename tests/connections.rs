@@ -29,13 +29,17 @@ impl Stage {
     /// is what happened.
     async fn move_it(&self, flows: usize) -> Value {
         let report = self.pair.migrate("web", 1, 2).await;
-        self.pair.assert_moved("web", 1, 2, &report).await;
+        self.look(flows, &report).await;
+        report
+    }
+
+    async fn look(&self, flows: usize, report: &Value) {
+        self.pair.assert_moved("web", 1, 2, report).await;
         let kept = report["flows"].as_array().map(Vec::len);
         assert_eq!(kept, Some(flows), "{report}");
         self.pair
             .assert_only_the_hop_is_left(1, &self.before, flows)
             .await;
-        report
     }
 }
 
@@ -116,8 +120,9 @@ async fn bulk(stage: Stage, mib: &str) {
     let mut client = c1
         .spawn(&[&["client-bulk", &ip, "7000"][..], &amount].concat())
         .await;
-    stage.move_it(1).await;
+    let moved = stage.pair.migrate("web", 1, 2).await;
     assert!(client.is_running(), "the data was too little for this test");
+    stage.look(1, &moved).await;
     let report = client.finish().await;
     assert_eq!(report["failure"], Value::Null, "{report}");
     assert_eq!(report["sent"], report["bytes_each_way"], "{report}");
