@@ -64,8 +64,7 @@ async fn looking_and_moving() {
     assert_eq!(output.status.code(), Some(0), "{output}");
     assert_eq!(
         output.stdout,
-        "\
-    CHECKED      RESULT
+        "    CHECKED      RESULT
 ok  hosts        CRIU, kernel, runtime and processor fit
 ok  container    it can be taken apart from its host; its name and ID are free
 ok  image        it is there
@@ -117,8 +116,7 @@ commit   this host  volumes data are removed, unless          - (past the point 
     assert_eq!(output.status.code(), Some(3), "{output}");
     assert_eq!(
         output.stdout,
-        "\
-    CHECKED      RESULT
+        "    CHECKED      RESULT
 ok  hosts        CRIU, kernel, runtime and processor fit
 ok  container    it can be taken apart from its host; its name and ID are free
 ok  image        it is there
@@ -246,7 +244,7 @@ async fn help() {
             .stdout
             .split_once("\nPlaces:\n")
             .expect("places are told");
-        assert!(!places.contains("--json"), "it is no place: {help}");
+        assert!(!places.contains("\n      --json"), "it is no place: {help}");
         for line in help.stdout.lines() {
             assert!(line.chars().count() <= 100, "{verb}: {line}");
         }

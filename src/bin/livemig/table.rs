@@ -118,8 +118,7 @@ mod tests {
     fn a_row_is_a_line_where_nobody_says_how_wide_a_line_is() {
         assert_eq!(
             table(None),
-            "\
-    WHAT                                       WHAT TO DO
+            "    WHAT                                       WHAT TO DO
 no  the destination has a volume data already  remove or rename it there: podman volume rm data
     two                                        -
     lines
@@ -131,8 +130,7 @@ no  the destination has a volume data already  remove or rename it there: podman
     fn wide_columns_break_their_lines() {
         assert_eq!(
             table(Some(50)),
-            "\
-    WHAT                    WHAT TO DO
+            "    WHAT                    WHAT TO DO
 no  the destination has a   remove or rename it
     volume data already     there: podman volume
                             rm data
