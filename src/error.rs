@@ -49,6 +49,11 @@ pub enum Error {
     /// The rehearsal went as far as it was asked to.
     #[error("rehearsed up to the end of phase {0}")]
     Rehearsed(Phase),
+    /// The rehearsal was to go further than there is a way back.
+    #[error(
+        "phase {0} cannot be rehearsed: once packets are let go, peers have heard the container at the destination, and there is no way back"
+    )]
+    NotRehearsable(Phase),
     /// A step failed, and what came before it was undone.
     #[error("{}; {}", with_sources(cause.as_ref()), aftermath(leftovers))]
     RolledBack {
@@ -183,6 +188,7 @@ impl Error {
             | Error::NoContainer(_)
             | Error::Refused { .. }
             | Error::Busy { .. } => Class::Refused,
+            Error::NotRehearsable(_) => Class::Usage,
             Error::Podman(podman::Error::Connect { .. } | podman::Error::Name { .. }) => {
                 Class::Refused
             }
@@ -251,6 +257,9 @@ impl Error {
                     .map(|finding| finding.next.as_str())
                     .collect();
                 (!next.is_empty()).then(|| next.join("; "))
+            }
+            Error::NotRehearsable(_) => {
+                Some("the last phase that can be rehearsed is restore".to_owned())
             }
             Error::Busy { .. } => Some("wait for it to end, or stop that process".to_owned()),
             Error::RolledBack { cause, .. } => cause.hint(),

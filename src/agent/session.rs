@@ -22,9 +22,11 @@ use super::protocol::{
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
 use crate::conntrack::{Table, steer};
-use crate::migration::{self, Effect, Hands, Journal};
+use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
-use crate::podman::{Client, ContainerId, FailureLog, RestoreOptions, failure_log};
+use crate::podman::{
+    self, Client, Container, ContainerId, FailureLog, RestoreOptions, failure_log,
+};
 use crate::tunnel::{self, HopId};
 use crate::{Class, Config, Error};
 
@@ -60,6 +62,8 @@ struct Session {
     heard_of: Instant,
     /// How many flows came along.
     flows: usize,
+    /// Podman was asked to restore the container and has not answered.
+    unsure: bool,
 }
 
 impl Sessions {
@@ -83,25 +87,31 @@ impl Sessions {
     pub async fn resume(&self) -> Result<Vec<String>, Error> {
         let mut told = Vec::new();
         for path in migration::left_behind(&self.config.incoming_dir())? {
-            let journal = Journal::open(&path)?;
-            let mut runs = None;
-            for container in journal.effects().iter().filter_map(Effect::restored) {
-                match self.podman.inspect(container.as_str()).await {
-                    Ok(container) if container.is_running() => runs = Some(container.name),
-                    Err(error) if !error.is_not_found() => return Err(error.into()),
-                    _ => {}
-                }
-            }
+            let journal = match Journal::open(&path) {
+                // Another agent is at work on it.
+                Err(JournalError::InUse { .. }) => continue,
+                journal => journal?,
+            };
+            // Also one that has ended: this host may have crashed after the source let go of it.
+            let ran = self.brought_by(&journal).await?.filter(|container| {
+                !matches!(
+                    container.status,
+                    podman::Status::Created | podman::Status::Initialized
+                )
+            });
             let id = path
                 .file_stem()
                 .map(|stem| stem.to_string_lossy().into_owned())
                 .unwrap_or_default();
             if journal.committed() {
                 journal.close()?;
-            } else if let Some(name) = runs {
-                told.push(format!("migration {id} brought `{name}`, which runs; its source has to say whether it stays"));
+            } else if let Some(container) = ran {
+                told.push(format!(
+                    "migration {id} brought `{}`; its source has to say whether it stays",
+                    container.name
+                ));
             } else {
-                let leftovers = self.unwind(&journal).await;
+                let leftovers = self.unwind(&journal, true).await;
                 told.push(format!("migration {id} was interrupted and is undone"));
                 told.extend(
                     leftovers
@@ -116,8 +126,22 @@ impl Sessions {
         Ok(told)
     }
 
-    async fn unwind(&self, journal: &Journal) -> Vec<String> {
+    /// The container that a migration brought here, if it is there.
+    async fn brought_by(&self, journal: &Journal) -> Result<Option<Container>, Error> {
+        for container in journal.effects().iter().filter_map(Effect::restored) {
+            match self.podman.inspect(container.as_str()).await {
+                Ok(container) => return Ok(Some(container)),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Undoes what a journal names. `unsure`: Podman may still be at work on it.
+    async fn unwind(&self, journal: &Journal, unsure: bool) -> Vec<String> {
         let mut hands = Hands::new(self.config.clone(), self.podman.clone());
+        hands.unsure = unsure;
         // Nothing that an incoming migration does is in doubt: there is nobody to ask.
         let leftovers = migration::unwind(&mut hands, journal, &mut |_event| {})
             .await
@@ -129,6 +153,18 @@ impl Sessions {
     fn left_behind(&self, id: &MigrationId) -> Result<Option<Journal>, Error> {
         let path = self.config.incoming_dir().join(format!("{id}.jsonl"));
         Ok(path.exists().then(|| Journal::open(&path)).transpose()?)
+    }
+
+    /// Where a migration stands that an earlier agent of this host began.
+    async fn stage_left_behind(&self, id: &MigrationId) -> Result<Stage, Error> {
+        let Some(journal) = self.left_behind(id)? else {
+            return Ok(Stage::Unknown);
+        };
+        let brought = self.brought_by(&journal).await?;
+        Ok(match brought {
+            Some(container) if container.is_running() => Stage::Running,
+            _ => Stage::Prepared,
+        })
     }
 
     /// Undoes, for as long as the agent runs, the migrations whose source has gone silent before
@@ -221,12 +257,12 @@ impl Sessions {
                 }
             }
             (&Method::GET, ["v1", "migrations", id]) => {
-                number(id)?;
-                let stage = match self.find(&caller, id) {
-                    Ok((_, session)) => session.lock().await.stage,
-                    Err(_) => Stage::Unknown,
+                let id = number(id)?;
+                let stage = match self.find(&caller, id.as_str()) {
+                    Ok((_, session)) => Ok(session.lock().await.stage),
+                    Err(_) => self.stage_left_behind(&id).await,
                 };
-                reply::json(&Status { stage })
+                said(stage.map(|stage| Status { stage }))
             }
             _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
@@ -260,6 +296,7 @@ impl Sessions {
             journal,
             heard_of: Instant::now(),
             flows: 0,
+            unsure: false,
         }));
         let mut session = state.clone().lock_owned().await;
         self.sessions().insert(
@@ -331,6 +368,10 @@ impl Sessions {
 
     /// Takes the container's image.
     async fn load_image(&self, session: &mut Session, body: Body) -> Result<Nothing, Error> {
+        // It may have been undone while this request waited for its turn.
+        if session.stage != Stage::Prepared {
+            return Err(Error::OutOfOrder("preparation"));
+        }
         let Some(image) = session.offer.container.image.clone() else {
             return Ok(Nothing {});
         };
@@ -425,6 +466,7 @@ impl Sessions {
         });
         let restored = self.podman.restore(archive, &options).await;
         if let Err(error) = restored {
+            session.unsure = !matches!(error, podman::Error::Refused { .. });
             let host = self.podman.host().await?;
             let reason = failure_log(&host.static_dir(&container.id), FailureLog::Restore);
             return Err(match reason {
@@ -474,7 +516,7 @@ impl Sessions {
 
     /// Undoes everything. An error means that the container may still be here.
     async fn undo(&self, id: &MigrationId, session: &mut Session) -> Result<Undone, Error> {
-        let leftovers = self.unwind(&session.journal).await;
+        let leftovers = self.unwind(&session.journal, session.unsure).await;
         self.make_sure_it_is_gone(&session.journal, &leftovers)
             .await?;
         session.stage = Stage::Unknown;
@@ -492,7 +534,7 @@ impl Sessions {
                 leftovers: Vec::new(),
             });
         };
-        let leftovers = self.unwind(&journal).await;
+        let leftovers = self.unwind(&journal, true).await;
         self.make_sure_it_is_gone(&journal, &leftovers).await?;
         if leftovers.is_empty() {
             journal.close()?;

@@ -1,11 +1,12 @@
-//! The source forgets the container. From the first line on there is no way back.
+//! The source forgets the container. There is no way back: nothing here fails, what cannot be done is
+//! reported.
 
 use std::time::Duration;
 
 use hyper::Method;
 
 use super::undo::leave_hop;
-use super::{Effect, Leftover, Migration};
+use super::{Leftover, Migration};
 use crate::Result;
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
@@ -13,11 +14,12 @@ use crate::podman::{Client, Container, RemoveOptions};
 pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     let container = migration.preflight.container.clone();
     let keep_volumes = migration.request.keep_volumes;
-    migration.journal.will([Effect::Forget {
-        container: container.id.clone(),
-        keep_volumes,
-    }])?;
-    migration.journal.commit()?;
+    // If this cannot be written, a crash from here on finds the destination saying that it runs.
+    if let Err(error) = migration.journal.commit() {
+        // Not a word to the destination: it has to know of the migration if it is asked.
+        migration.note("the journal", Err(error.into()));
+        return Ok(());
+    }
 
     let path = format!("/v1/migrations/{}/commit", migration.id);
     let told = migration
@@ -28,10 +30,13 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
         "telling the destination that it is over",
         told.map(|Nothing {}| ()).map_err(Into::into),
     );
+    let mut gone = true;
     for (what, result) in forget(&migration.hands.podman, &container, keep_volumes).await {
+        gone &= result.is_ok();
         migration.note(what, result);
     }
-    if let Some(fence) = migration.fence.take() {
+    // What is still there must stay quiet.
+    if let Some(fence) = migration.fence.take().filter(|_| gone) {
         migration.note(
             "the rule that kept it quiet",
             fence.remove().await.map_err(Into::into),
@@ -51,7 +56,7 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
 
 impl Migration<'_> {
     /// Past the point of no return nothing fails; what did not work is reported.
-    fn note(&mut self, what: &str, result: Result<()>) {
+    pub(super) fn note(&mut self, what: &str, result: Result<()>) {
         if let Err(error) = result {
             tracing::warn!(what, %error, "could not be tidied");
             self.leftovers.push(Leftover {

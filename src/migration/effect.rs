@@ -65,7 +65,8 @@ pub enum Effect {
         hop: HopId,
     },
     /// The container is gone from here for good. Never undone: it is done only past the point of no
-    /// return, and after a crash it is done again.
+    /// return, and after a crash it is done again. It is written down before, so that there is no
+    /// need to when the destination says that the container runs.
     Forget {
         /// Its ID.
         container: ContainerId,

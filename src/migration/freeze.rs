@@ -30,24 +30,27 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     let container = &migration.preflight.container;
     let staging = migration.request.config.staging_dir();
     std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
-    let changed = async { Ok(DeltaFile::make(layers(container)?, staging).await?) };
+    let changed = async { Ok::<_, Error>(DeltaFile::make(layers(container)?, staging).await?) };
     let fence = migration.fence.clone();
     let fenced = async {
         match fence {
-            Some(fence) => Ok(fence.install().await?),
+            Some(fence) => Ok::<_, Error>(fence.install().await?),
             None => Ok(()),
         }
     };
-    let (checkpoint, changed, flows, ()) = futures::try_join!(
+    // All run to their ends, also when one fails: a rule that `nft` is about to make must not come
+    // after it was undone.
+    let (checkpoint, changed, flows, fenced) = futures::join!(
         checkpoint(&migration.hands.podman, container),
         changed,
         steer::mark(container, &migration.preflight.offer.networks, hop),
         fenced,
-    )?;
-    migration.flows = flows;
+    );
+    fenced?;
+    migration.flows = flows?;
     migration.frozen = Some(Frozen {
-        checkpoint,
-        changed,
+        checkpoint: checkpoint?,
+        changed: changed?,
     });
     Ok(())
 }

@@ -39,17 +39,25 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         migration: migration.id.clone(),
         asked: Asked::Restore,
     };
-    // Undone from the last to the first: the destination gives up its copy before anything here moves.
+    // Undone from the last to the first: the destination gives up its copy before anything here
+    // moves, and the container may speak before it moves, or its first words would be lost.
     let mut effects = Vec::new();
-    if let Some(fence) = fence.clone() {
+    if fence.is_some() {
         effects.push(Effect::Hold { spec: spec.clone() });
-        effects.push(Effect::Fenced { fence });
     }
     effects.push(Effect::Frozen {
         freezer: freezer.clone(),
     });
-    effects.push(Effect::Steered { addresses, hop });
-    effects.push(destination);
+    effects.extend(fence.clone().map(|fence| Effect::Fenced { fence }));
+    effects.extend([
+        Effect::Steered { addresses, hop },
+        destination,
+        // Done last if all goes well, and first if a crash has to be finished: while it is fenced.
+        Effect::Forget {
+            container: container.id.clone(),
+            keep_volumes: migration.request.keep_volumes,
+        },
+    ]);
     migration.journal.will(effects)?;
     migration.freezer = Some(freezer);
     migration.fence = fence;

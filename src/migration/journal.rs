@@ -5,10 +5,13 @@
 //! is to undo; undoing is idempotent, so naming one thing too many does no harm.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::effect::Effect;
@@ -20,6 +23,12 @@ const LARGEST: u64 = 64 << 20;
 /// A journal could not be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
+    /// The process that keeps it is still at work.
+    #[error("the migration of the journal {} is still under way", path.display())]
+    InUse {
+        /// Which file.
+        path: PathBuf,
+    },
     /// The file system said no.
     #[error("cannot {doing} the journal {}: {source}", path.display())]
     Io {
@@ -52,7 +61,8 @@ enum Line {
     Committed,
 }
 
-/// An open journal.
+/// An open journal. For as long as it is, nobody else can open it: a migration that is under way is
+/// not taken for one that was interrupted.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
@@ -83,10 +93,9 @@ impl Journal {
             .mode(0o600)
             .open(&path)
             .map_err(io("begin"))?;
+        own(&file, &path)?;
         // The name itself has to survive a power cut, not only what is in the file.
-        File::open(dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(io("sync the directory of"))?;
+        sync_directory(&path).map_err(io("sync the directory of"))?;
         Ok(Journal {
             path,
             file,
@@ -97,10 +106,11 @@ impl Journal {
 
     /// Reads a journal that was left behind, to finish or unwind it.
     ///
-    /// A last line that a crash cut short is ignored: its effect had not begun.
+    /// A last line that a crash cut short is cut off: its effect had not begun.
     ///
     /// # Errors
-    /// When the file cannot be read or is not a journal.
+    /// When the file cannot be read or is not a journal; [`JournalError::InUse`] when the process that
+    /// keeps it is alive.
     pub fn open(path: &Path) -> Result<Journal, JournalError> {
         let io = |doing| {
             move |source| JournalError::Io {
@@ -114,18 +124,29 @@ impl Journal {
             .append(true)
             .open(path)
             .map_err(io("open"))?;
+        own(&file, path)?;
+        let mut text = Vec::new();
+        (&file)
+            .take(LARGEST)
+            .read_to_end(&mut text)
+            .map_err(io("read"))?;
+        let whole = text
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |end| end + 1);
+        if whole < text.len() && (text.len() as u64) < LARGEST {
+            // What is written next must not continue it.
+            file.set_len(whole as u64).map_err(io("cut"))?;
+        }
         let mut effects = Vec::new();
         let mut committed = false;
-        let mut lines = BufReader::new((&file).take(LARGEST))
-            .lines()
+        for (index, line) in text[..whole]
+            .split_inclusive(|byte| *byte == b'\n')
             .enumerate()
-            .peekable();
-        while let Some((index, line)) = lines.next() {
-            let line = line.map_err(io("read"))?;
-            match serde_json::from_str(&line) {
+        {
+            match serde_json::from_slice(line) {
                 Ok(Line::Will { effect }) => effects.push(effect),
                 Ok(Line::Committed) => committed = true,
-                Err(_) if lines.peek().is_none() => break,
                 Err(source) => {
                     return Err(JournalError::Damaged {
                         path: path.to_owned(),
@@ -149,12 +170,8 @@ impl Journal {
     /// When it cannot be written; then the effects must not be begun.
     pub fn will(&mut self, effects: impl IntoIterator<Item = Effect>) -> Result<(), JournalError> {
         let effects: Vec<Effect> = effects.into_iter().collect();
-        let lines: Vec<Line> = effects
-            .iter()
-            .cloned()
-            .map(|effect| Line::Will { effect })
-            .collect();
-        self.append(&lines)?;
+        let lines = effects.iter().cloned().map(|effect| Line::Will { effect });
+        self.append(lines)?;
         self.effects.extend(effects);
         Ok(())
     }
@@ -162,9 +179,9 @@ impl Journal {
     /// Writes down that there is no way back.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When it cannot be written; then it is not.
     pub fn commit(&mut self) -> Result<(), JournalError> {
-        self.append(&[Line::Committed])?;
+        self.append([Line::Committed].into_iter())?;
         self.committed = true;
         Ok(())
     }
@@ -179,22 +196,43 @@ impl Journal {
         &self.effects
     }
 
+    /// When the last line was written.
+    ///
+    /// # Errors
+    /// When the file cannot be looked at.
+    pub fn written(&self) -> Result<SystemTime, JournalError> {
+        let modified = self.file.metadata().and_then(|about| about.modified());
+        modified.map_err(|source| JournalError::Io {
+            doing: "look at",
+            path: self.path.clone(),
+            source,
+        })
+    }
+
     /// Ends a journal that nothing needs any more.
     ///
     /// # Errors
     /// When the file cannot be removed.
     pub fn close(&self) -> Result<(), JournalError> {
-        match std::fs::remove_file(&self.path) {
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(JournalError::Io {
-                doing: "remove",
-                path: self.path.clone(),
+        let io = |doing| {
+            let path = self.path.clone();
+            move |source| JournalError::Io {
+                doing,
+                path,
                 source,
-            }),
-            _ => Ok(()),
+            }
+        };
+        match std::fs::remove_file(&self.path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                Err(io("remove")(source))
+            }
+            // One that came back after a power cut would be followed a second time.
+            _ => sync_directory(&self.path).map_err(io("sync the directory of")),
         }
     }
 
-    fn append(&mut self, lines: &[Line]) -> Result<(), JournalError> {
+    /// Writes all lines, or none.
+    fn append(&mut self, lines: impl Iterator<Item = Line>) -> Result<(), JournalError> {
         let io = |doing| {
             let path = self.path.clone();
             move |source| JournalError::Io {
@@ -205,11 +243,42 @@ impl Journal {
         };
         let mut text = Vec::new();
         for line in lines {
-            serde_json::to_writer(&mut text, line).map_err(|source| io("write")(source.into()))?;
+            serde_json::to_writer(&mut text, &line).map_err(|source| io("write")(source.into()))?;
             text.push(b'\n');
         }
-        self.file.write_all(&text).map_err(io("write"))?;
-        self.file.sync_data().map_err(io("sync"))
+        let before = self.file.metadata().map_err(io("look at"))?.len();
+        let written = self
+            .file
+            .write_all(&text)
+            .map_err(io("write"))
+            .and_then(|()| self.file.sync_data().map_err(io("sync")));
+        if written.is_err() {
+            // Part of it may be there. The error is worse than what this one could be.
+            let _ = self.file.set_len(before);
+        }
+        written
+    }
+}
+
+/// Takes possession of a journal for as long as its file is open.
+fn own(file: &File, path: &Path) -> Result<(), JournalError> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(JournalError::InUse {
+            path: path.to_owned(),
+        }),
+        Err(errno) => Err(JournalError::Io {
+            doing: "lock",
+            path: path.to_owned(),
+            source: errno.into(),
+        }),
+    }
+}
+
+fn sync_directory(file: &Path) -> std::io::Result<()> {
+    match file.parent() {
+        Some(directory) => File::open(directory)?.sync_all(),
+        None => Ok(()),
     }
 }
 

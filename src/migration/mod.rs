@@ -2,8 +2,13 @@
 //!
 //! [`migrate`] runs them in order. Each is a file of its own here, and each writes into the journal
 //! what it is about to change before it does. When one fails, the journal is walked backwards, and the
-//! container goes on at the source as if nothing had been. Past [`Phase::Commit`] there is no way
-//! back: the destination runs the container, and what is left to do here is retried, then reported.
+//! container goes on at the source as if nothing had been. From [`Phase::Steer`] on there is no way
+//! back: the destination runs the container and its peers hear it, and what is left to do here is
+//! retried, then reported.
+//!
+//! After a crash the destination's word decides: if it says that the container runs there, the
+//! migration is finished, else it is undone. So nothing has to be written to disk between "it runs"
+//! and letting the packets go.
 
 mod check;
 mod commit;
@@ -57,6 +62,10 @@ use lock::Lock;
 /// at the source, or [`Error::InDoubt`], with the container frozen at the source because the
 /// destination does not say whether it runs there.
 pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<Report> {
+    // Once packets are let go, peers have heard the copy: taking it back would break them.
+    if let Some(phase) = request.rehearse.filter(|last| *last >= Phase::Steer) {
+        return Err(Error::NotRehearsable(phase));
+    }
     let mut clock = Clock::start(observer);
     clock.enter(Phase::Preflight);
     let ready = preflight::ready(request, &mut clock).await?;
@@ -64,6 +73,10 @@ pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<R
     let mut migration = Migration::begin(request, ready, clock)?;
     match migration.forward().await {
         Ok(()) => Ok(migration.report()),
+        Err(error) if migration.let_go => {
+            migration.note("finishing", Err(error));
+            Ok(migration.report())
+        }
         Err(cause) => Err(migration.roll_back(cause).await),
     }
 }
@@ -86,6 +99,8 @@ struct Migration<'a> {
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
     held_since: Option<Instant>,
+    /// Whether the world may have heard of the copy at the destination.
+    let_go: bool,
     downtime: Duration,
     held: HoldReport,
     dump: Option<DumpStats>,
@@ -126,6 +141,7 @@ impl<'a> Migration<'a> {
             flows: Vec::new(),
             stream: None,
             held_since: None,
+            let_go: false,
             downtime: Duration::ZERO,
             held: HoldReport::default(),
             dump: None,
@@ -166,6 +182,9 @@ impl<'a> Migration<'a> {
 
     /// Whether somebody wants it to end before `next` begins.
     fn may_go_on(&self, next: Phase) -> Result<()> {
+        if self.let_go {
+            return Ok(());
+        }
         if self.request.cancel.is_cancelled() {
             return Err(Error::Interrupted(self.clock.phase()));
         }

@@ -55,23 +55,23 @@ pub(super) struct Ready {
 /// # Errors
 /// When one of the hosts could not be looked at, or has no such container.
 pub async fn check(request: &Request) -> Result<Preflight> {
-    Ok(look(request).await?.0)
+    Ok(look(request, &request.container).await?.0)
 }
 
 /// Looks, and refuses if something stands in the way.
 pub(super) async fn ready(request: &Request, clock: &mut Clock<'_>) -> Result<Ready> {
-    let (preflight, peer, connection, podman) = look(request).await?;
+    must_be_root()?;
+    let config = &request.config;
+    let container = find(&podman(config)?, &request.container).await?;
+    // Before it is looked at: what another migration is about to change proves nothing.
+    let lock = Lock::take(&config.lock_dir(), &container.id, &container.name)?;
+    let (preflight, peer, connection, podman) = look(request, container.id.as_str()).await?;
     checks::refuse(&preflight.container.name, &request.to, &preflight.findings)?;
     for finding in &preflight.findings {
         clock.observer.observe(Event::Warning {
             finding: finding.clone(),
         });
     }
-    let lock = Lock::take(
-        &request.config.lock_dir(),
-        &preflight.container.id,
-        &preflight.container.name,
-    )?;
     Ok(Ready {
         preflight,
         peer,
@@ -81,12 +81,15 @@ pub(super) async fn ready(request: &Request, clock: &mut Clock<'_>) -> Result<Re
     })
 }
 
-async fn look(request: &Request) -> Result<(Preflight, Peer, Connection, Client)> {
+async fn look(
+    request: &Request,
+    name_or_id: &str,
+) -> Result<(Preflight, Peer, Connection, Client)> {
     must_be_root()?;
     let config = &request.config;
     let podman = podman(config)?;
     let peer = peer(config, &request.to)?;
-    let container = find(&podman, &request.container).await?;
+    let container = find(&podman, name_or_id).await?;
     let mut connection = connect(config, &peer).await?;
 
     let (host, features, flows) = futures::join!(

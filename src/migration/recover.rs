@@ -3,12 +3,13 @@
 use serde::Serialize;
 
 use super::commit;
-use super::effect::Effect;
+use super::effect::{Asked, Effect};
 use super::event::Observer;
-use super::journal::{Journal, left_behind};
+use super::journal::{Journal, JournalError, left_behind};
 use super::preflight::{must_be_root, podman};
 use super::report::Leftover;
 use super::undo::{Hands, unwind};
+use crate::criu::State;
 use crate::{Config, Error, Result};
 
 /// What became of one interrupted migration.
@@ -32,12 +33,19 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
     must_be_root()?;
     let mut recovered = Vec::new();
     for path in left_behind(&config.outgoing_dir())? {
-        let journal = Journal::open(&path)?;
+        let mut journal = match Journal::open(&path) {
+            Err(JournalError::InUse { .. }) => continue,
+            journal => journal?,
+        };
         let migration = path
             .file_stem()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
         let mut hands = Hands::new(config.clone(), podman(config)?);
+        if !journal.committed() && runs_elsewhere(&hands, &journal).await? {
+            // Before the destination hears of it: afterwards it knows nothing of the migration.
+            journal.commit()?;
+        }
         let finished = journal.committed();
         let leftovers = if finished {
             finish(&hands, &journal).await
@@ -61,7 +69,32 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
     Ok(recovered)
 }
 
-/// Does what a commit had begun.
+/// Whether the destination runs the container. Then the world may have heard of it, and it stays.
+///
+/// # Errors
+/// [`Error::InDoubt`] if the destination was asked to restore it and does not answer now.
+async fn runs_elsewhere(hands: &Hands, journal: &Journal) -> Result<bool> {
+    for effect in journal.effects() {
+        let Effect::Destination {
+            peer,
+            migration,
+            asked: Asked::Restore,
+        } = effect
+        else {
+            continue;
+        };
+        let runs = hands.runs_at(peer, migration).await;
+        if runs.map_err(|cause| Error::InDoubt {
+            cause: Box::new(cause),
+            destination: peer.clone(),
+        })? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Does what a commit had begun, or would have.
 async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
     let mut leftovers = Vec::new();
     let mut note = |what: &str, result: Result<()>| {
@@ -72,23 +105,47 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
             });
         }
     };
-    // From the last to the first: the container goes while it is still fenced.
+    let freezer = journal.effects().iter().find_map(|effect| match effect {
+        Effect::Frozen { freezer } => Some(freezer),
+        _ => None,
+    });
+    let mut gone = true;
+    // From the last to the first, so the container goes while it is still fenced.
     for effect in journal.effects().iter().rev() {
         match effect {
-            Effect::Fenced { fence } => note("the fence", fence.remove().await.map_err(Into::into)),
+            Effect::Destination {
+                peer,
+                migration,
+                asked: Asked::Restore,
+            } => note(
+                "telling the destination",
+                hands.hand_over(peer, migration).await,
+            ),
+            // What is still there must stay quiet.
+            Effect::Fenced { fence } if gone => {
+                note("the fence", fence.remove().await.map_err(Into::into))
+            }
             Effect::Forget {
                 container,
                 keep_volumes,
             } => match hands.podman.inspect(container.as_str()).await {
+                // It has come back, and runs: what was to be forgotten is frozen.
+                Ok(container)
+                    if container.is_running()
+                        && freezer.is_some_and(|it| matches!(it.state(), Ok(State::Thawed))) => {}
                 Ok(container) => {
                     for (what, result) in
                         commit::forget(&hands.podman, &container, *keep_volumes).await
                     {
+                        gone &= result.is_ok();
                         note(what, result);
                     }
                 }
                 Err(error) if error.is_not_found() => {}
-                Err(error) => note("the old container", Err(error.into())),
+                Err(error) => {
+                    gone = false;
+                    note("the old container", Err(error.into()));
+                }
             },
             Effect::Hold { spec } => {
                 note(

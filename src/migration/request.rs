@@ -19,6 +19,9 @@ pub struct Request {
     /// after the move, unless another container uses them.
     pub keep_volumes: bool,
     /// Undo everything at the end of this phase, to see how the move would go.
+    ///
+    /// [`Phase::Restore`] is the last that can be: afterwards peers have heard the copy at the
+    /// destination, and could not go on with the container as it was when it was frozen.
     pub rehearse: Option<Phase>,
     /// Cancelled, the migration undoes what it has done and ends with
     /// [`Error::RolledBack`](crate::Error::RolledBack), unless it is past its point of no return.

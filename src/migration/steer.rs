@@ -45,13 +45,19 @@ pub(super) async fn mark(
 }
 
 pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
-    // Packets pass within a millisecond from here; what takes longer is removing the rules.
+    // The first packet that passes is the point of no return: what the world has heard of the copy
+    // is never taken back.
+    migration.let_go = true;
+    // They pass within a millisecond; what takes longer is removing the rules.
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
     }
-    // One without an address has none.
+    // A container without an address has no packets.
     if let Some(hold) = migration.hands.hold.take() {
-        migration.held = hold.release(To::Destination).await?;
+        match hold.release(To::Destination).await {
+            Ok(held) => migration.held = held,
+            Err(error) => migration.note("letting the packets go", Err(error.into())),
+        }
     }
     Ok(())
 }

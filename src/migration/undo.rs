@@ -1,9 +1,10 @@
 //! Undoing what the journal names.
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use hyper::Method;
+use serde::de::DeserializeOwned;
 
 use super::effect::{Asked, Effect};
 use super::event::{Event, Observer};
@@ -11,7 +12,7 @@ use super::journal::Journal;
 use super::preflight::{connect, peer};
 use super::prepare::tunnels;
 use super::report::Leftover;
-use crate::agent::protocol::{MigrationId, Nothing, Undone};
+use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, To};
 use crate::conntrack::{self, Table, steer};
 use crate::netlink::Namespace;
@@ -32,6 +33,9 @@ pub(crate) struct Hands {
     pub podman: Client,
     /// The hold, while this process has it. After a crash there is none, and only its rules are left.
     pub hold: Option<Hold>,
+    /// Whether Podman may still be at work on what was asked of it: whoever asked has died, or gave
+    /// up waiting.
+    pub unsure: bool,
 }
 
 /// Why an effect is still there.
@@ -59,7 +63,12 @@ pub(crate) async fn unwind(
     observer: &mut dyn Observer,
 ) -> Result<Vec<Leftover>, String> {
     let mut leftovers = Vec::new();
-    for effect in journal.effects().iter().rev() {
+    let done = journal.effects().iter().rev();
+    // Past the point of no return nothing is undone, and before it nothing is forgotten.
+    for effect in done.filter(|effect| !matches!(effect, Effect::Forget { .. })) {
+        if matches!(effect, Effect::Restored { .. }) && hands.unsure {
+            restores_ended(journal.written().unwrap_or(SystemTime::UNIX_EPOCH)).await;
+        }
         let failure = match hands.undo(effect).await {
             Ok(()) => None,
             Err(UndoError::Failed(error)) => Some(error.to_string()),
@@ -92,7 +101,29 @@ impl Hands {
             config,
             podman,
             hold: None,
+            unsure: false,
         }
+    }
+
+    /// Has somebody's answer to whether the container runs there, or goes on asking for a minute.
+    pub async fn runs_at(&self, peer: &str, migration: &MigrationId) -> Result<bool> {
+        let began = Instant::now();
+        let path = format!("/v1/migrations/{migration}");
+        loop {
+            match ask::<Status>(&self.config, peer, Method::GET, &path).await {
+                Ok(Status { stage }) => return Ok(stage == Stage::Running),
+                Err(error) if began.elapsed() >= ASKED_FOR => return Err(error),
+                Err(error) => tracing::debug!(%error, peer, "no answer yet; asking again"),
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+    }
+
+    /// Tells the destination that the container is its own.
+    pub async fn hand_over(&self, peer: &str, migration: &MigrationId) -> Result<()> {
+        let path = format!("/v1/migrations/{migration}/commit");
+        let Nothing {} = ask(&self.config, peer, Method::POST, &path).await?;
+        Ok(())
     }
 
     /// Undoes one effect. What is not there any more, or never was, is no error.
@@ -100,7 +131,6 @@ impl Hands {
         tracing::debug!(%effect, "undoing");
         match effect {
             Effect::Hop { user } => Ok(leave_hop(&self.config, user).await?),
-            // Past the point of no return nothing is undone.
             Effect::Forget { .. } => Ok(()),
             Effect::Destination {
                 peer,
@@ -108,10 +138,13 @@ impl Hands {
                 asked,
             } => self.give_up(peer, migration, *asked).await,
             Effect::Hold { spec } => {
-                if let Some(hold) = self.hold.take() {
-                    hold.release(To::Source).await?;
-                }
-                Ok(conntrack::hold::remove_rules(spec).await?)
+                let released = match self.hold.take() {
+                    Some(hold) => hold.release(To::Source).await.map(|_| ()),
+                    None => Ok(()),
+                };
+                // Whatever became of the packets that waited: others must not.
+                conntrack::hold::remove_rules(spec).await?;
+                Ok(released?)
             }
             Effect::Fenced { fence } => Ok(fence.remove().await?),
             Effect::Frozen { freezer } => {
@@ -144,7 +177,8 @@ impl Hands {
             Asked::Restore => ASKED_FOR,
         };
         loop {
-            let error = match ask_to_give_up(&self.config, peer, migration).await {
+            let path = format!("/v1/migrations/{migration}");
+            let error = match ask::<Undone>(&self.config, peer, Method::DELETE, &path).await {
                 Ok(Undone { leftovers }) if leftovers.is_empty() => return Ok(()),
                 Ok(Undone { leftovers }) => {
                     return Err(UndoError::Failed(Error::DestinationLeftovers {
@@ -246,15 +280,46 @@ fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
     }
 }
 
-async fn ask_to_give_up(config: &Config, name: &str, migration: &MigrationId) -> Result<Undone> {
+/// Asks the agent of a host, over a connection of its own.
+async fn ask<T: DeserializeOwned>(
+    config: &Config,
+    name: &str,
+    method: Method,
+    path: &str,
+) -> Result<T> {
     let mut connection = connect(config, &peer(config, name)?).await?;
-    Ok(connection
-        .call(
-            Method::DELETE,
-            &format!("/v1/migrations/{migration}"),
-            &Nothing {},
-        )
-        .await?)
+    Ok(connection.call(method, path, &Nothing {}).await?)
+}
+
+/// Waits until Podman has ended the restores that it was asked for since then.
+///
+/// Podman goes on when whoever asked has died: an archive that it has all of becomes a container,
+/// after a while in which nothing of that container is to be seen. A copy that appears after it was
+/// "undone" would run beside its source. What can be seen is the file that Podman keeps the archive
+/// in until it has answered (`os.CreateTemp("", "restore")` in
+/// `pkg/api/handlers/libpod/containers.go`).
+async fn restores_ended(since: SystemTime) {
+    /// The temporary directory of Podman's service, unless it is told otherwise.
+    const TEMPORARY: &str = "/var/tmp";
+    /// A file that stays for longer was left by a Podman that died itself.
+    const LONGEST: Duration = Duration::from_secs(45);
+    const LOOK_AGAIN: Duration = Duration::from_millis(50);
+    let began = Instant::now();
+    let under_way = || {
+        let files = std::fs::read_dir(TEMPORARY).into_iter().flatten().flatten();
+        let mut archives = files.filter(|file| {
+            let name = file.file_name();
+            let number = name.to_str().and_then(|name| name.strip_prefix("restore"));
+            number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+        });
+        archives.any(|file| {
+            let modified = file.metadata().and_then(|about| about.modified());
+            modified.is_ok_and(|modified| modified >= since)
+        })
+    };
+    while under_way() && began.elapsed() < LONGEST {
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
 }
 
 /// Runs what blocks on a thread where it may.

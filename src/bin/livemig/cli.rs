@@ -173,8 +173,9 @@ pub enum Command {
         /// Go as far as the end of this phase, then undo everything
         ///
         /// The container stays here and its connections stay open: a way to see how long the move
-        /// would interrupt it. Phases: preflight, prepare, precopy, hold, freeze, transfer, restore,
-        /// steer.
+        /// would interrupt it. Phases: preflight, prepare, precopy, hold, freeze, transfer, restore.
+        /// Not steer and commit: once packets are let go, peers have heard the container at the
+        /// destination, and there is no way back.
         #[arg(long, value_name = "PHASE")]
         rehearse: Option<Phase>,
     },

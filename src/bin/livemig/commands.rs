@@ -103,16 +103,37 @@ async fn agent(config: Config, listen: std::net::SocketAddr) -> Result<ExitCode,
 /// Ends when somebody wants the program to end.
 async fn asked_to_stop() {
     use tokio::signal::unix::{SignalKind, signal};
+    // A lost terminal ends the program as well, unless it was started to survive that (nohup).
+    let survives = ignores_hangup();
     let (Ok(mut terminate), Ok(mut interrupt)) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
     ) else {
         return std::future::pending().await;
     };
+    let hangup = async {
+        match (survives, signal(SignalKind::hangup())) {
+            (false, Ok(mut hangup)) => hangup.recv().await,
+            _ => std::future::pending().await,
+        }
+    };
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        _ = hangup => {}
     }
+}
+
+/// Whether the signal for a lost terminal was ignored when the program began: `SigIgn` in
+/// proc_pid_status(5).
+fn ignores_hangup() -> bool {
+    const SIGHUP_BIT: u64 = 1;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & SIGHUP_BIT != 0)
 }
 
 /// What this host calls itself: its host name, as far as that can be one.

@@ -13,7 +13,10 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    log_to_stderr(cli.verbose);
+    // The library of the userspace device tells its keys when asked for everything.
+    if !matches!(cli.command, cli::Command::TunnelDevice { .. }) {
+        log_to_stderr(cli.verbose);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -1,7 +1,7 @@
 //! How a migration looks while it runs: a display that moves on a terminal, plain lines elsewhere,
 //! one JSON object a line for programs.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -42,16 +42,22 @@ impl Progress {
     fn line(&self, text: &str) {
         match self {
             Progress::Terminal { bar } => bar.println(text),
-            Progress::Lines { .. } | Progress::Json => eprintln!("{text}"),
+            Progress::Lines { .. } | Progress::Json => say(std::io::stderr(), text),
         }
     }
+}
+
+/// Writes a line. `println!` would panic when nobody reads any more (`| head`, a lost terminal), and
+/// leave the container frozen.
+fn say(mut to: impl Write, line: &str) {
+    let _ = writeln!(to, "{line}");
 }
 
 impl Observer for Progress {
     fn observe(&mut self, event: Event) {
         if matches!(self, Progress::Json) {
             if let Ok(line) = serde_json::to_string(&event) {
-                println!("{line}");
+                say(std::io::stdout(), &line);
             }
             return;
         }
@@ -83,7 +89,7 @@ impl Observer for Progress {
                     // A line a second is enough for a log.
                     Progress::Lines { last } if last.elapsed().as_secs() >= 1 => {
                         *last = Instant::now();
-                        eprintln!("{text}");
+                        say(std::io::stderr(), &text);
                     }
                     _ => {}
                 }
