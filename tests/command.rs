@@ -35,7 +35,11 @@ fn masked(text: &str) -> String {
             .collect::<Vec<_>>()
             .join(" ")
     };
-    text.lines().map(|text| line(text) + "\n").collect()
+    // How far a transfer is, is told about once a second, so it depends on the machine.
+    text.lines()
+        .filter(|text| !text.starts_with("sending the "))
+        .map(|text| line(text) + "\n")
+        .collect()
 }
 
 #[tokio::test]
@@ -79,22 +83,22 @@ ok  connections  1 goes along
     assert_eq!(
         plan,
         "\
-PHASE    WHERE      WHAT                                      UNDONE BY
-prepare  this host  tunnel to h2, its routing table and       remove them, unless another
-                    rules                                     migration uses the tunnel
-prepare  h2         tunnel to this host, its routing table    remove them, unless another
-                    and rules                                 migration uses the tunnel
-hold     this host  packets for `web` wait, at most 65536     let them go
-freeze   this host  its processes are frozen, its state is    thaw them
+PHASE    WHERE      WHAT                                     UNDONE BY
+prepare  this host  tunnel to h2, its routing table and      remove them, unless another migration
+                    rules                                    uses the tunnel
+prepare  h2         tunnel to this host, its routing table   remove them, unless another migration
+                    and rules                                uses the tunnel
+hold     this host  packets for `web` wait, at most 65536    let them go
+freeze   this host  its processes are frozen, its state is   thaw them
                     dumped
 freeze   this host  1 flow is marked for the tunnel          clear the marks
 restore  h2         1 flow is entered into connection        delete them
                     tracking
-restore  h2         `web` is restored, with volumes data      remove it
-steer    this host  the waiting packets go to the             let them go to the container here
+restore  h2         `web` is restored, with volumes data     remove it
+steer    this host  the waiting packets go to the            let them go to the container here
                     destination
-commit   this host  `web` is removed                          - (past the point of no return)
-commit   this host  volumes data are removed, unless          - (past the point of no return)
+commit   this host  `web` is removed                         - (past the point of no return)
+commit   this host  volumes data are removed, unless         - (past the point of no return)
                     another container uses them"
     );
     let output = livemig(source, "ps").await;
