@@ -200,7 +200,7 @@ commit N.N ms
     ] {
         let output = livemig(host, "flows").await;
         let lines: Vec<&str> = output.stdout.lines().collect();
-        let [heading, flow] = lines[..] else {
+        let [heading, flow, ..] = lines[..] else {
             panic!("{port}: {output}");
         };
         let heading: Vec<&str> = heading.split_whitespace().collect();
