@@ -35,7 +35,11 @@ fn masked(text: &str) -> String {
             .collect::<Vec<_>>()
             .join(" ")
     };
-    text.lines().map(|text| line(text) + "\n").collect()
+    // How far a transfer is, is told about once a second, so it depends on the machine.
+    text.lines()
+        .filter(|text| !text.starts_with("sending the "))
+        .map(|text| line(text) + "\n")
+        .collect()
 }
 
 #[tokio::test]
@@ -64,8 +68,7 @@ async fn looking_and_moving() {
     assert_eq!(output.status.code(), Some(0), "{output}");
     assert_eq!(
         output.stdout,
-        "\
-    CHECKED      RESULT
+        "    CHECKED      RESULT
 ok  hosts        CRIU, kernel, runtime and processor fit
 ok  container    it can be taken apart from its host; its name and ID are free
 ok  image        it is there
@@ -80,22 +83,22 @@ ok  connections  1 goes along
     assert_eq!(
         plan,
         "\
-PHASE    WHERE      WHAT                                      UNDONE BY
-prepare  this host  tunnel to h2, its routing table and       remove them, unless another
-                    rules                                     migration uses the tunnel
-prepare  h2         tunnel to this host, its routing table    remove them, unless another
-                    and rules                                 migration uses the tunnel
-hold     this host  packets for `web` wait, at most 65536     let them go
-freeze   this host  its processes are frozen, its state is    thaw them
+PHASE    WHERE      WHAT                                     UNDONE BY
+prepare  this host  tunnel to h2, its routing table and      remove them, unless another migration
+                    rules                                    uses the tunnel
+prepare  h2         tunnel to this host, its routing table   remove them, unless another migration
+                    and rules                                uses the tunnel
+hold     this host  packets for `web` wait, at most 65536    let them go
+freeze   this host  its processes are frozen, its state is   thaw them
                     dumped
 freeze   this host  1 flow is marked for the tunnel          clear the marks
 restore  h2         1 flow is entered into connection        delete them
                     tracking
-restore  h2         `web` is restored, with volumes data      remove it
-steer    this host  the waiting packets go to the             let them go to the container here
+restore  h2         `web` is restored, with volumes data     remove it
+steer    this host  the waiting packets go to the            let them go to the container here
                     destination
-commit   this host  `web` is removed                          - (past the point of no return)
-commit   this host  volumes data are removed, unless          - (past the point of no return)
+commit   this host  `web` is removed                         - (past the point of no return)
+commit   this host  volumes data are removed, unless         - (past the point of no return)
                     another container uses them"
     );
     let output = livemig(source, "ps").await;
@@ -117,8 +120,7 @@ commit   this host  volumes data are removed, unless          - (past the point 
     assert_eq!(output.status.code(), Some(3), "{output}");
     assert_eq!(
         output.stdout,
-        "\
-    CHECKED      RESULT
+        "    CHECKED      RESULT
 ok  hosts        CRIU, kernel, runtime and processor fit
 ok  container    it can be taken apart from its host; its name and ID are free
 ok  image        it is there
@@ -198,7 +200,7 @@ commit N.N ms
     ] {
         let output = livemig(host, "flows").await;
         let lines: Vec<&str> = output.stdout.lines().collect();
-        let [heading, flow] = lines[..] else {
+        let [heading, flow, ..] = lines[..] else {
             panic!("{port}: {output}");
         };
         let heading: Vec<&str> = heading.split_whitespace().collect();
@@ -246,7 +248,7 @@ async fn help() {
             .stdout
             .split_once("\nPlaces:\n")
             .expect("places are told");
-        assert!(!places.contains("--json"), "it is no place: {help}");
+        assert!(!places.contains("\n      --json"), "it is no place: {help}");
         for line in help.stdout.lines() {
             assert!(line.chars().count() <= 100, "{verb}: {line}");
         }
