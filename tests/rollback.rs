@@ -26,7 +26,8 @@ impl Scene {
             let host = pair.host(host);
             host.sh(
                 "mkdir -p /run/livemig/locks /run/livemig/hops /run/livemig/staging \
-                     /var/lib/livemig/journal/outgoing /var/lib/livemig/journal/incoming",
+                     /var/lib/livemig/journal/outgoing /var/lib/livemig/journal/incoming;
+                 touch /run/livemig/hops/interfaces.lock /run/livemig/hops/records.lock",
             )
             .await;
             gates(host).await;
