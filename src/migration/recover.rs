@@ -42,6 +42,7 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
         let mut hands = Hands::new(config.clone(), podman(config)?);
+        hands.unsure = true;
         if !journal.committed() && runs_elsewhere(&hands, &journal).await? {
             // Before the destination hears of it: afterwards it knows nothing of the migration.
             journal.commit()?;

@@ -16,7 +16,7 @@ use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, To};
 use crate::conntrack::{self, Family, Table, steer};
 use crate::netlink::Namespace;
-use crate::podman::{Client, ContainerId, PublishedPort, RemoveOptions};
+use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions};
 use crate::tunnel::HopId;
 use crate::{Config, Error, Result};
 
@@ -63,6 +63,13 @@ pub(crate) async fn unwind(
     observer: &mut dyn Observer,
 ) -> Result<Vec<Leftover>, String> {
     let mut leftovers = Vec::new();
+    if hands.unsure {
+        for effect in journal.effects() {
+            if let Effect::Forget { container, .. } = effect {
+                hands.checkpoint_ended(container).await;
+            }
+        }
+    }
     let done = journal.effects().iter().rev();
     // Past the point of no return nothing is undone, and before it nothing is forgotten.
     for effect in done.filter(|effect| !matches!(effect, Effect::Forget { .. })) {
@@ -103,6 +110,19 @@ impl Hands {
             hold: None,
             unsure: false,
         }
+    }
+
+    /// Waits until Podman has ended the checkpoint that a process that died had asked for.
+    ///
+    /// CRIU leaves frozen what it found frozen (`freezer_restore_state` in `criu/seize.c`): what is
+    /// thawed during a dump would be frozen again at its end, with nobody there to thaw it.
+    async fn checkpoint_ended(&self, container: &ContainerId) {
+        const LONGEST: Duration = Duration::from_secs(600);
+        let began = Instant::now();
+        // Podman locks a container while it works on it, and whoever looks waits.
+        while let Err(podman::Error::Timeout { .. }) = self.podman.inspect(container.as_str()).await
+            && began.elapsed() < LONGEST
+        {}
     }
 
     /// Has somebody's answer to whether the container runs there, or goes on asking for a minute.

@@ -1,0 +1,373 @@
+//! What fails is undone: the container goes on where it was, its connections do too, and neither
+//! host shows that anything was tried.
+
+mod lab;
+
+use std::time::{Duration, Instant};
+
+use lab::pair::Pair;
+use lab::{Census, Lab, Node, Output, Process, Workload};
+use rustix::process::Signal;
+
+const PUBLISH: [&str; 2] = ["-p", "7000:7000"];
+
+/// A container with a busy connection, and what both hosts are like before anything is tried.
+struct Scene {
+    pair: Pair,
+    client: Workload,
+    before: [Census; 2],
+}
+
+impl Scene {
+    async fn set(lab: lab::Builder) -> Scene {
+        let pair = Pair::of(lab).await;
+        for host in [1, 2] {
+            // These stay, whatever is tried.
+            let host = pair.host(host);
+            host.sh(
+                "mkdir -p /run/livemig/locks /run/livemig/hops /run/livemig/staging \
+                     /var/lib/livemig/journal/outgoing /var/lib/livemig/journal/incoming;
+                 touch /run/livemig/hops/interfaces.lock /run/livemig/hops/records.lock",
+            )
+            .await;
+            gates(host).await;
+        }
+        let has_image = "podman image exists localhost/workload:latest";
+        if pair
+            .host(2)
+            .try_exec(&["sh", "-c", has_image])
+            .await
+            .status
+            .success()
+        {
+            pair.settled(2, &PUBLISH).await;
+        }
+        let h1 = pair.host(1);
+        h1.run_workload("web", &PUBLISH, &["echo", "7000"]).await;
+        let client = pair
+            .client(1)
+            .spawn(&["client-echo", &h1.ip(), "7000"])
+            .await;
+        let before = [h1.census().await, pair.host(2).census().await];
+        Scene {
+            pair,
+            client,
+            before,
+        }
+    }
+
+    fn start(&self) -> Process {
+        self.pair.spawn_migration("web", 1, 2, &[])
+    }
+
+    /// Panics unless both hosts are as they were and the container serves from the first.
+    async fn assert_untouched(&self, why: &str) {
+        println!("{why}: is all as it was?");
+        for (number, before) in [1, 2].into_iter().zip(&self.before) {
+            self.pair.host(number).assert_as_before(before).await;
+        }
+        let h1 = self.pair.host(1);
+        let answer = self.pair.client(1).ask(h1.address(), 7000, "info").await;
+        assert!(answer["open"].as_u64() >= Some(2), "{why}: {answer}");
+    }
+
+    /// The next attempt succeeds, and the connection has lived through everything.
+    async fn finish(self) {
+        let moved = self.pair.migrate("web", 1, 2).await;
+        self.pair.assert_moved("web", 1, 2, &moved).await;
+        self.end(2).await;
+    }
+
+    /// The connection goes on at this host, and no journal is left.
+    async fn end(self, at: usize) {
+        let h1 = self.pair.host(1);
+        let info = self
+            .pair
+            .client(1)
+            .ask(self.pair.host(at).address(), 7000, "info")
+            .await;
+        assert!(info["open"].as_u64() >= Some(2), "{info}");
+        for host in [h1, self.pair.host(2)] {
+            let left = host
+                .sh("find /var/lib/livemig/journal -type f; find /run/livemig/locks -type f")
+                .await;
+            assert_eq!(left.text(), "", "{} has a journal or a lock", host.name());
+        }
+        let report = self.client.stop().await;
+        assert_eq!(report["wrong"], 0, "{report}");
+        assert_eq!(report["resets"], 0, "{report}");
+        assert_eq!(report["unanswered"], 0, "{report}");
+        assert_eq!(report["same_socket"], true, "{report}");
+        self.pair.down().await;
+    }
+}
+
+/// Puts a gate before the runtime: `/run/gate-VERB` makes `runc VERB` wait for as long as the file
+/// is there, and `/run/gate-VERB.here` says that it does.
+async fn gates(host: &Node) {
+    host.sh(r#"runc=$(readlink -f "$(command -v runc)")
+        mv "$runc" "$runc.real"
+        cat >"$runc" <<END
+#!/bin/sh
+case " \$* " in
+*" --help "*) ;;
+*" checkpoint "*) verb=checkpoint ;;
+*" restore "*) verb=restore ;;
+esac
+if [ -n "\$verb" ] && [ -e /run/gate-\$verb ]; then
+    : >/run/gate-\$verb.here
+    while [ -e /run/gate-\$verb ]; do sleep 0.02; done
+    rm -f /run/gate-\$verb.here
+fi
+exec "$runc.real" "\$@"
+END
+        chmod 755 "$runc""#)
+        .await;
+}
+
+async fn close(host: &Node, verb: &str) {
+    host.sh(&format!("rm -f /run/gate-{verb}.here; : >/run/gate-{verb}"))
+        .await;
+}
+
+async fn open(host: &Node, verb: &str) {
+    host.sh(&format!("rm -f /run/gate-{verb}")).await;
+}
+
+async fn reached(host: &Node, verb: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !host.path(&format!("/run/gate-{verb}.here")).exists() {
+        assert!(
+            Instant::now() < deadline,
+            "{} never came to {verb}",
+            host.name()
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Makes every use of CRIU on a host fail that is more than a look.
+async fn break_criu(host: &Node) {
+    host.sh(r#"criu=$(readlink -f "$(command -v criu)")
+        mv "$criu" "$criu.real"
+        printf '#!/bin/sh\n[ "$1" != swrk ] || exit 1\nexec %s.real "$@"\n' "$criu" >"$criu"
+        chmod 755 "$criu""#)
+        .await;
+}
+
+async fn mend_criu(host: &Node) {
+    host.sh(r#"criu=$(readlink -f "$(command -v criu)"); mv -f "$criu.real" "$criu""#)
+        .await;
+}
+
+/// Stops Podman's service, so that whatever asks it waits; or lets it go on.
+async fn podman(host: &Node, signal: &str) {
+    host.sh(&format!("kill -{signal} $(cat /run/podman/service.pid)"))
+        .await;
+}
+
+#[track_caller]
+fn assert_code(output: &Output, code: i32) {
+    assert_eq!(output.status.code(), Some(code), "{output}");
+}
+
+#[tokio::test]
+async fn each_phase_can_fail_at_its_end() {
+    let scene = Scene::set(Lab::builder(2)).await;
+    let phases = [
+        "preflight",
+        "prepare",
+        "precopy",
+        "hold",
+        "freeze",
+        "transfer",
+        "restore",
+    ];
+    for phase in phases {
+        let tried = scene
+            .pair
+            .try_migrate("web", 1, 2, &["--rehearse", phase])
+            .await;
+        assert_code(&tried, 0);
+        let finished = format!(r#"{{"event":"finished","phase":"{phase}""#);
+        assert!(tried.stdout.contains(&finished), "{tried}");
+        assert!(tried.stdout.contains("rolling-back"), "{tried}");
+        scene.assert_untouched(phase).await;
+    }
+    for phase in ["steer", "commit"] {
+        let tried = scene
+            .pair
+            .try_migrate("web", 1, 2, &["--rehearse", phase])
+            .await;
+        assert_code(&tried, 2);
+        assert!(tried.to_string().contains("no way back"), "{tried}");
+        scene.assert_untouched(phase).await;
+    }
+    scene.finish().await;
+}
+
+#[tokio::test]
+async fn criu_fails_on_either_host() {
+    let scene = Scene::set(Lab::builder(2)).await;
+    for (host, phase) in [(1, "freeze"), (2, "restore")] {
+        let broken = scene.pair.host(host);
+        break_criu(broken).await;
+        let tried = scene.start().finish().await;
+        mend_criu(broken).await;
+        assert_code(&tried, 5);
+        let started: Vec<&str> = tried
+            .stdout
+            .lines()
+            .filter(|line| line.contains("started"))
+            .collect();
+        assert!(
+            started.last().is_some_and(|last| last.contains(phase)),
+            "{tried}"
+        );
+        scene.assert_untouched("CRIU fails").await;
+    }
+    scene.finish().await;
+}
+
+#[tokio::test]
+async fn the_destinations_disk_is_full() {
+    let scene = Scene::set(Lab::builder(2).cold(2)).await;
+    let h2 = scene.pair.host(2);
+    h2.sh("cd /var/lib/containers; free=$(df --output=avail -k . | tail -n1); fallocate -l $((free - 512))K full")
+        .await;
+    let tried = scene.start().finish().await;
+    h2.sh("rm /var/lib/containers/full").await;
+    assert_code(&tried, 5);
+    scene.assert_untouched("disk full").await;
+    scene.finish().await;
+}
+
+#[tokio::test]
+async fn a_signal_undoes_everything() {
+    let scene = Scene::set(Lab::builder(2)).await;
+    let [h1, h2] = [scene.pair.host(1), scene.pair.host(2)];
+
+    let attempt = scene.start();
+    attempt.wait_for(r#""finished","phase":"preflight""#).await;
+    podman(h2, "STOP").await;
+    attempt.signal(Signal::INT);
+    podman(h2, "CONT").await;
+    assert_code(&attempt.finish().await, 130);
+    scene.assert_untouched("SIGINT in prepare").await;
+
+    close(h1, "checkpoint").await;
+    let attempt = scene.start();
+    reached(h1, "checkpoint").await;
+    // Meanwhile nobody else may move it, and asking does no harm.
+    let second = scene.start().finish().await;
+    assert_code(&second, 3);
+    assert!(
+        second.to_string().contains("being migrated already"),
+        "{second}"
+    );
+    attempt.signal(Signal::INT);
+    open(h1, "checkpoint").await;
+    assert_code(&attempt.finish().await, 130);
+    scene.assert_untouched("SIGINT in freeze").await;
+
+    close(h2, "restore").await;
+    let attempt = scene.start();
+    reached(h2, "restore").await;
+    attempt.signal(Signal::TERM);
+    attempt.wait_for("rolling-back").await;
+    // The copy comes to life when nobody wants it any more.
+    open(h2, "restore").await;
+    assert_code(&attempt.finish().await, 130);
+    scene.assert_untouched("SIGTERM in restore").await;
+    scene.finish().await;
+}
+
+#[tokio::test]
+async fn the_agent_is_killed() {
+    let mut scene = Scene::set(Lab::builder(2)).await;
+    let h2 = scene.pair.host(2).clone();
+
+    let attempt = scene.start();
+    attempt.wait_for(r#""finished","phase":"preflight""#).await;
+    podman(&h2, "STOP").await;
+    // The new agent asks Podman what it finds.
+    tokio::join!(scene.pair.replace_agent(2), podman(&h2, "CONT"));
+    assert_code(&attempt.finish().await, 5);
+    scene.assert_untouched("no agent in prepare").await;
+
+    let attempt = scene.start();
+    attempt.wait_for(r#""started","phase":"restore""#).await;
+    scene.pair.replace_agent(2).await;
+    assert_code(&attempt.finish().await, 5);
+    scene.assert_untouched("no agent in transfer").await;
+
+    // Podman has all that it needs, and brings the container to life with no agent there.
+    close(&h2, "restore").await;
+    let attempt = scene.start();
+    reached(&h2, "restore").await;
+    tokio::join!(scene.pair.replace_agent(2), open(&h2, "restore"));
+    assert_code(&attempt.finish().await, 5);
+    scene.assert_untouched("no agent in restore").await;
+    scene.finish().await;
+}
+
+/// Runs `livemig recover` and returns whether it finished what was begun.
+async fn recover(pair: &Pair) -> bool {
+    let recovered = pair.host(1).exec(&["livemig", "--json", "recover"]).await;
+    let found = recovered.json();
+    assert_eq!(found.as_array().map(Vec::len), Some(1), "{recovered}");
+    assert_eq!(found[0]["leftovers"], serde_json::json!([]), "{recovered}");
+    found[0]["finished"].as_bool().expect("yes or no")
+}
+
+#[tokio::test]
+async fn a_crash_is_recovered_from() {
+    let scene = Scene::set(Lab::builder(2)).await;
+    let [h1, h2] = [scene.pair.host(1), scene.pair.host(2)];
+
+    let attempt = scene.start();
+    attempt.wait_for(r#""finished","phase":"preflight""#).await;
+    podman(h2, "STOP").await;
+    attempt.wait_for(r#""started","phase":"prepare""#).await;
+    attempt.kill().await;
+    podman(h2, "CONT").await;
+    assert!(!recover(&scene.pair).await);
+    scene.assert_untouched("crash in prepare").await;
+
+    close(h1, "checkpoint").await;
+    let attempt = scene.start();
+    reached(h1, "checkpoint").await;
+    // What is under way is not touched.
+    let nothing = h1.exec(&["livemig", "--json", "recover"]).await;
+    assert_eq!(nothing.json(), serde_json::json!([]));
+    attempt.kill().await;
+    // The dump begins while it is being recovered from; CRIU leaves frozen what it finds frozen.
+    tokio::join!(
+        async { assert!(!recover(&scene.pair).await) },
+        open(h1, "checkpoint")
+    );
+    scene.assert_untouched("crash in freeze").await;
+
+    break_criu(h2).await;
+    close(h2, "restore").await;
+    let attempt = scene.start();
+    reached(h2, "restore").await;
+    attempt.kill().await;
+    open(h2, "restore").await;
+    assert!(!recover(&scene.pair).await);
+    mend_criu(h2).await;
+    scene
+        .assert_untouched("crash in a restore that fails")
+        .await;
+
+    close(h2, "restore").await;
+    let attempt = scene.start();
+    reached(h2, "restore").await;
+    attempt.kill().await;
+    open(h2, "restore").await;
+    // It may have spoken to its peers by then: now it stays there.
+    assert!(recover(&scene.pair).await);
+    assert_eq!(h1.container_state("web").await, None);
+    assert_eq!(h2.container_state("web").await.as_deref(), Some("running"));
+    scene.end(2).await;
+}
