@@ -231,7 +231,22 @@ impl Hands {
             timeout: Some(Duration::ZERO),
             volumes: true,
         };
+        // Its sockets die with it, and what they say then would end the connections that go on at the
+        // source, or have them taken for ended there.
+        let addresses = match self.podman.inspect(container.as_str()).await {
+            Ok(copy) => copy.addresses().collect(),
+            Err(error) if error.is_not_found() => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
+        let fence = Fence {
+            container: container.clone(),
+            addresses,
+        };
+        if !fence.addresses.is_empty() {
+            fence.install().await?;
+        }
         self.podman.remove(container, options).await?;
+        fence.remove().await?;
         for volume in volumes {
             self.podman.remove_volume(volume).await?;
         }
