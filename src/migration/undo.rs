@@ -14,7 +14,7 @@ use super::prepare::tunnels;
 use super::report::Leftover;
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, To};
-use crate::conntrack::{self, Family, Table, steer};
+use crate::conntrack::{self, Family, Fence, Table, steer};
 use crate::netlink::Namespace;
 use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions};
 use crate::tunnel::HopId;
