@@ -243,7 +243,7 @@ impl Hands {
             addresses,
         };
         if !fence.addresses.is_empty() {
-            fence.install().await?;
+            fence.install()?;
         }
         self.podman.remove(container, options).await?;
         fence.remove().await?;
