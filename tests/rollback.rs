@@ -348,10 +348,10 @@ async fn a_crash_is_recovered_from() {
     );
     scene.assert_untouched("crash in freeze").await;
 
-    break_criu(h2).await;
     close(h2, "restore").await;
     let attempt = scene.start();
     reached(h2, "restore").await;
+    break_criu(h2).await;
     attempt.kill().await;
     open(h2, "restore").await;
     assert!(!recover(&scene.pair).await);

@@ -242,8 +242,11 @@ impl Hands {
             container: container.clone(),
             addresses,
         };
-        if !fence.addresses.is_empty() {
-            fence.install()?;
+        if !fence.addresses.is_empty()
+            && let Err(error) = quiet(&fence).await
+        {
+            // A connection that ends is less than a container that runs twice.
+            tracing::warn!(%container, %error, "the copy may be heard when it ends");
         }
         self.podman.remove(container, options).await?;
         fence.remove().await?;
@@ -258,6 +261,11 @@ impl Hands {
         }
         Ok(())
     }
+}
+
+async fn quiet(fence: &Fence) -> conntrack::Result<()> {
+    fence.prepare().await?;
+    fence.install()
 }
 
 /// Gives back a share in a hop; the last one takes the hop down.
