@@ -309,3 +309,45 @@ pub fn left_behind(dir: &Path) -> Result<Vec<PathBuf>, JournalError> {
     found.sort();
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hop(user: &str) -> Effect {
+        Effect::Hop {
+            user: user.to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_a_crash_cut_short_is_not_continued() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), &MigrationId::random().unwrap()).unwrap();
+        journal.will([hop("first"), hop("second")]).unwrap();
+        let path = journal.path.clone();
+        drop(journal);
+        let text = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &text[..text.len() - 3]).unwrap();
+
+        let mut journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.effects(), [hop("first")]);
+        journal.commit().unwrap();
+        drop(journal);
+        let journal = Journal::open(&path).unwrap();
+        assert!(journal.committed());
+        assert_eq!(journal.effects(), [hop("first")]);
+    }
+
+    #[test]
+    fn one_that_is_being_written_is_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::create(dir.path(), &MigrationId::random().unwrap()).unwrap();
+        let refused = Journal::open(&journal.path);
+        assert!(matches!(refused, Err(JournalError::InUse { .. })));
+        let path = journal.path.clone();
+        drop(journal);
+        Journal::open(&path).unwrap().close().unwrap();
+        assert_eq!(left_behind(dir.path()).unwrap(), Vec::<PathBuf>::new());
+    }
+}
