@@ -32,7 +32,7 @@ impl Lock {
     /// [`Error::Busy`] when another process has it.
     pub fn take(dir: &Path, container: &ContainerId, name: &str) -> Result<Lock> {
         std::fs::create_dir_all(dir).map_err(Error::file("make", dir))?;
-        let path = dir.join(container.as_str());
+        let path = dir.join(format!("{container}.lock"));
         loop {
             if let Some(lock) = Lock::try_take(&path, name)? {
                 return Ok(lock);

@@ -64,7 +64,7 @@ pub(super) async fn ready(request: &Request, clock: &mut Clock<'_>) -> Result<Re
     let config = &request.config;
     let container = find(&podman(config)?, &request.container).await?;
     // Before it is looked at: what another migration is about to change proves nothing.
-    let lock = Lock::take(&config.lock_dir(), &container.id, &container.name)?;
+    let lock = Lock::take(config.lock_dir(), &container.id, &container.name)?;
     let (preflight, peer, connection, podman) = look(request, container.id.as_str()).await?;
     checks::refuse(&preflight.container.name, &request.to, &preflight.findings)?;
     for finding in &preflight.findings {
