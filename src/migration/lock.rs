@@ -40,6 +40,41 @@ impl Lock {
         }
     }
 
+    /// Looks whether a container is being moved, without Podman: it does not answer questions about
+    /// a container while it checkpoints it.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when another process has its lock.
+    pub fn look(dir: &Path, name_or_id: &str) -> Result<()> {
+        for path in files(dir) {
+            let Ok(file) = File::open(&path) else {
+                continue;
+            };
+            let (holder, name) = written(&file);
+            let id = path.file_name().and_then(|id| id.to_str());
+            let is_it = name == name_or_id || id.is_some_and(|id| id.starts_with(name_or_id));
+            if is_it && flock(&file, FlockOperation::NonBlockingLockShared).is_err() {
+                return Err(Error::Busy {
+                    container: name_or_id.to_owned(),
+                    holder,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the files of those who died with a lock in their hands.
+    pub fn sweep(dir: &Path) {
+        for path in files(dir) {
+            if let Ok(file) = File::open(&path)
+                && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+            {
+                // The lock does not depend on the file's being gone.
+                let _ = std::fs::remove_file(&path);
+            }
+        }
+    }
+
     /// Nothing when the last holder has removed the file before this one had it.
     fn try_take(path: &Path, name: &str) -> Result<Option<Lock>> {
         let mut file = OpenOptions::new()
@@ -50,14 +85,7 @@ impl Lock {
             .open(path)
             .map_err(Error::file("open", path))?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            let mut holder = String::new();
-            // Whoever holds it may not have written yet; a name is a courtesy, not a condition.
-            let _ = (&file).take(256).read_to_string(&mut holder);
-            let holder = if holder.is_empty() {
-                "another process".to_owned()
-            } else {
-                holder
-            };
+            let (holder, _) = written(&file);
             return Err(Error::Busy {
                 container: name.to_owned(),
                 holder,
@@ -71,10 +99,30 @@ impl Lock {
         file.set_len(0)
             .and_then(|()| file.rewind())
             .map_err(Error::file("empty", path))?;
-        write!(file, "process {}", std::process::id()).map_err(Error::file("write", path))?;
+        write!(file, "process {}\n{name}", std::process::id())
+            .map_err(Error::file("write", path))?;
         Ok(Some(Lock {
             path: path.to_owned(),
             _file: file,
         }))
     }
+}
+
+fn files(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path())
+}
+
+/// Who holds a lock, and the name of the container. Whoever it is may not have written yet: this is a
+/// courtesy, not a condition.
+fn written(mut file: &File) -> (String, String) {
+    let mut text = String::new();
+    let _ = (&mut file).take(512).read_to_string(&mut text);
+    let (holder, name) = text.split_once('\n').unwrap_or((&text, ""));
+    let holder = if holder.is_empty() {
+        "another process"
+    } else {
+        holder
+    };
+    (holder.to_owned(), name.to_owned())
 }

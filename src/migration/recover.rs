@@ -6,6 +6,7 @@ use super::commit;
 use super::effect::{Asked, Effect};
 use super::event::Observer;
 use super::journal::{Journal, JournalError, left_behind};
+use super::lock::Lock;
 use super::preflight::{must_be_root, podman};
 use super::report::Leftover;
 use super::undo::{Hands, unwind};
@@ -67,6 +68,7 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
             leftovers,
         });
     }
+    Lock::sweep(&config.lock_dir());
     Ok(recovered)
 }
 

@@ -14,7 +14,7 @@ use super::prepare::tunnels;
 use super::report::Leftover;
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, To};
-use crate::conntrack::{self, Family, Table, steer};
+use crate::conntrack::{self, Family, Fence, Table, steer};
 use crate::netlink::Namespace;
 use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions};
 use crate::tunnel::HopId;
@@ -231,7 +231,22 @@ impl Hands {
             timeout: Some(Duration::ZERO),
             volumes: true,
         };
+        // Its sockets die with it, and what they say then would end the connections that go on at the
+        // source, or have them taken for ended there.
+        let addresses = match self.podman.inspect(container.as_str()).await {
+            Ok(copy) => copy.addresses().collect(),
+            Err(error) if error.is_not_found() => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
+        let fence = Fence {
+            container: container.clone(),
+            addresses,
+        };
+        if !fence.addresses.is_empty() {
+            fence.install()?;
+        }
         self.podman.remove(container, options).await?;
+        fence.remove().await?;
         for volume in volumes {
             self.podman.remove_volume(volume).await?;
         }
