@@ -52,8 +52,8 @@ impl Config {
     }
 
     /// Where the locks lie that keep two migrations off one container.
-    pub fn lock_dir(&self) -> PathBuf {
-        self.run_dir.join("locks")
+    pub fn lock_dir(&self) -> &Path {
+        &self.run_dir
     }
 
     /// Where files wait on their way to the other host. Memory-backed, as `/run` is.

@@ -158,8 +158,8 @@ hold N.N ms
 undoing everything, because: rehearsed up to the end of phase hold
 undone: what h2 has restored
 undone: flows steered into livemig1
-undone: frozen processes
 undone: the rule that keeps the frozen container quiet
+undone: frozen processes
 undone: packets waiting in the kernel
 undone: what h2 has prepared
 undone: the tunnel, its routes and rules

@@ -10,6 +10,9 @@ use rustix::fs::{FlockOperation, flock};
 use crate::podman::ContainerId;
 use crate::{Error, Result};
 
+/// What the names of locks end in.
+const EXTENSION: &str = "lock";
+
 /// Held for as long as a container is being moved. The kernel lets go of it when the process ends,
 /// however it ends.
 #[derive(Debug)]
@@ -32,7 +35,7 @@ impl Lock {
     /// [`Error::Busy`] when another process has it.
     pub fn take(dir: &Path, container: &ContainerId, name: &str) -> Result<Lock> {
         std::fs::create_dir_all(dir).map_err(Error::file("make", dir))?;
-        let path = dir.join(container.as_str());
+        let path = dir.join(format!("{container}.{EXTENSION}"));
         loop {
             if let Some(lock) = Lock::try_take(&path, name)? {
                 return Ok(lock);
@@ -108,9 +111,16 @@ impl Lock {
     }
 }
 
+/// The locks in a directory: what is called after a container.
 fn files(dir: &Path) -> impl Iterator<Item = PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path())
+    let paths = entries.map(|entry| entry.path());
+    paths.filter(|path| {
+        let id = path.file_stem().and_then(|stem| stem.to_str());
+        path.extension()
+            .is_some_and(|extension| extension == EXTENSION)
+            && id.is_some_and(|id| id.parse::<ContainerId>().is_ok())
+    })
 }
 
 /// Who holds a lock, and the name of the container. Whoever it is may not have written yet: this is a

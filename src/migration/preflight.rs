@@ -62,10 +62,10 @@ pub async fn check(request: &Request) -> Result<Preflight> {
 pub(super) async fn ready(request: &Request, clock: &mut Clock<'_>) -> Result<Ready> {
     must_be_root()?;
     let config = &request.config;
-    Lock::look(&config.lock_dir(), &request.container)?;
+    Lock::look(config.lock_dir(), &request.container)?;
     let container = find(&podman(config)?, &request.container).await?;
     // Before it is looked at: what another migration is about to change proves nothing.
-    let lock = Lock::take(&config.lock_dir(), &container.id, &container.name)?;
+    let lock = Lock::take(config.lock_dir(), &container.id, &container.name)?;
     let (preflight, peer, connection, podman) = look(request, container.id.as_str()).await?;
     checks::refuse(&preflight.container.name, &request.to, &preflight.findings)?;
     for finding in &preflight.findings {

@@ -68,7 +68,7 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
             leftovers,
         });
     }
-    Lock::sweep(&config.lock_dir());
+    Lock::sweep(config.lock_dir());
     Ok(recovered)
 }
 

@@ -308,22 +308,28 @@ fn marked_packets_take_the_hop_in_both_families_and_both_directions() {
     ] {
         let address: IpAddr = address.parse().unwrap();
         let receiver = to.on(async move |_| UdpSocket::bind((address, 7000)).unwrap());
-        receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+        receiver
+            .set_read_timeout(Some(Duration::from_secs(1)))
+            .unwrap();
         // 1,500 bytes with the headers, which do not fit the link between the hosts, and 1,400,
         // which fit the first part of it once they are encrypted but not the second.
         let full = if address.is_ipv6() { 1452 } else { 1472 };
-        let sender = from.on(async move |_| {
-            let sender = marked(hop, address.is_ipv6());
-            for size in [full, full - 100] {
-                sender.send_to(&vec![0x5a; size], (address, 7000)).unwrap();
-            }
-            sender
-        });
+        let sender = from.on(async move |_| marked(hop, address.is_ipv6()));
         let mut buffer = [0; 2000];
-        let (length, source) = receiver.recv_from(&mut buffer).unwrap();
-        assert_eq!(length, full);
-        let (length, _) = receiver.recv_from(&mut buffer).unwrap();
-        assert_eq!(length, full - 100);
+        // A datagram may get lost on a busy machine; what matters is that its size gets through.
+        let mut get_through = |size: usize| {
+            for _ in 0..PATIENCE.as_secs() {
+                sender.send_to(&vec![0x5a; size], (address, 7000)).unwrap();
+                while let Ok((length, source)) = receiver.recv_from(&mut buffer) {
+                    if length == size {
+                        return source;
+                    }
+                }
+            }
+            panic!("no datagram of {size} bytes came through to {address}");
+        };
+        let source = get_through(full);
+        get_through(full - 100);
         let pair = if address.is_ipv6() { ends.v6 } else { ends.v4 }.unwrap();
         assert!([pair.local, pair.peer].contains(&source.ip()), "{source}");
         // The answer goes to a tunnel address, which is on the link: no mark is needed.
