@@ -288,9 +288,8 @@ impl Sessions {
         prepare: Prepare,
     ) -> Result<Prepared, Error> {
         let Prepare { offer, hop } = prepare;
-        // It may have changed since the assessment, and the source may not have asked for one.
-        let assessment = self.assess(&offer).await?;
-        migration::refuse(&offer.container.name, "this host", &assessment.findings)?;
+        // From here on whoever wants it undone waits for this to end: a source that has crashed and
+        // asks for that must not be told that there is nothing, and then there is.
         let journal = Journal::create(&self.config.incoming_dir(), &id)?;
         let state = Arc::new(tokio::sync::Mutex::new(Session {
             stage: Stage::Prepared,
@@ -309,9 +308,7 @@ impl Sessions {
                 state,
             },
         );
-        let prepared = self
-            .make_ready(caller, &id, &mut session, &hop, &assessment)
-            .await;
+        let prepared = self.make_ready(caller, &id, &mut session, &hop).await;
         if prepared.is_err() {
             // What went wrong is the answer; what may be left of it stays in the journal.
             if let Err(error) = self.undo(&id, &mut session).await {
@@ -327,8 +324,11 @@ impl Sessions {
         id: &MigrationId,
         session: &mut Session,
         theirs: &tunnel::Proposal,
-        assessment: &Assessment,
     ) -> Result<Prepared, Error> {
+        // It may have changed since the assessment, and the source may not have asked for one.
+        let assessment = self.assess(&session.offer).await?;
+        let name = &session.offer.container.name;
+        migration::refuse(name, "this host", &assessment.findings)?;
         for name in &assessment.networks_to_make {
             if let Some(network) = session
                 .offer
