@@ -39,6 +39,9 @@ use super::{
 type BoxError = Box<dyn StdError + Send + Sync>;
 type OutBody = UnsyncBoxBody<Bytes, BoxError>;
 
+/// How long the driver of a broken connection may take to say why it broke. It takes microseconds.
+const DRIVER_ENDS: Duration = Duration::from_millis(200);
+
 /// A connection to an agent whose key was as expected, and which knows this host's key.
 ///
 /// It does one thing at a time. After an error other than [`Error::Refused`] (and after a refusal
@@ -405,11 +408,11 @@ impl Connection {
 
     async fn send(&mut self, request: Request<OutBody>) -> Result<Response<Incoming>> {
         if let Err(error) = self.sender.ready().await {
-            return Err(self.broken("waiting to send a request", error));
+            return Err(self.broken("waiting to send a request", error).await);
         }
         let response = match self.sender.send_request(request).await {
             Ok(response) => response,
-            Err(error) => return Err(self.broken("sending a request", error)),
+            Err(error) => return Err(self.broken("sending a request", error).await),
         };
         match response.headers().get(PROTOCOL_HEADER) {
             Some(value) if value.as_bytes() == PROTOCOL.to_string().as_bytes() => Ok(response),
@@ -455,7 +458,14 @@ impl Connection {
     }
 
     /// Finds out what it means that hyper failed.
-    fn broken(&self, doing: &'static str, error: hyper::Error) -> Error {
+    async fn broken(&self, doing: &'static str, error: hyper::Error) -> Error {
+        // A driver that ends drops its side of the connection a moment before it says why.
+        let ended = async {
+            while !self.driver.0.is_finished() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let _ = timeout(DRIVER_ENDS, ended).await;
         if self.end.wire.stalled() {
             return Error::TimedOut {
                 doing: "waiting for the other side to take what was sent",
