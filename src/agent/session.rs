@@ -21,7 +21,7 @@ use super::protocol::{
 };
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
-use crate::conntrack::{Table, steer};
+use crate::conntrack::{Gate, Table, steer};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
@@ -355,6 +355,13 @@ impl Sessions {
         steer::install(hop).await?;
         tunnels.connect(hop, theirs, caller.remote.ip()).await?;
         session.hop = Some(hop);
+        let gate = gate(&session.offer.container);
+        if !gate.addresses.is_empty() {
+            session
+                .journal
+                .will([Effect::Closed { gate: gate.clone() }])?;
+            gate.close().await?;
+        }
         Ok(Prepared { hop: own })
     }
 
@@ -483,6 +490,7 @@ impl Sessions {
         if container.networks.is_empty() {
             self.switch_on_loopback(&container.id).await?;
         }
+        gate(&container).open().await?;
         let restore = ended
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -596,6 +604,14 @@ impl Handler for Sessions {
         request: Request<Body>,
     ) -> BoxFuture<'static, Reply> {
         self.answer(caller, request).boxed()
+    }
+}
+
+/// What keeps packets from a container until it is there.
+fn gate(container: &Container) -> Gate {
+    Gate {
+        container: container.id.clone(),
+        addresses: container.addresses().collect(),
     }
 }
 

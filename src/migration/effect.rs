@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::protocol::MigrationId;
-use crate::conntrack::Fence;
 use crate::conntrack::hold::HoldSpec;
+use crate::conntrack::{Fence, Gate};
 use crate::criu::Freezer;
 use crate::podman::{ContainerId, ImageId, PublishedPort};
 use crate::tunnel::HopId;
@@ -90,6 +90,11 @@ pub enum Effect {
         /// The hop they come through.
         hop: HopId,
     },
+    /// Nothing gets through to a container that is about to arrive.
+    Closed {
+        /// Which container.
+        gate: Gate,
+    },
     /// The container itself, restored here, with the volumes that came along.
     Restored {
         /// Its ID.
@@ -127,6 +132,7 @@ impl std::fmt::Display for Effect {
             Effect::Forget { container, .. } => write!(f, "the old container {container}"),
             Effect::Network { name } => write!(f, "network {name}"),
             Effect::Image { id } => write!(f, "image {id}"),
+            Effect::Closed { .. } => write!(f, "the rule that keeps packets from the container"),
             Effect::Flows { .. } => write!(f, "flows inserted for the container"),
             Effect::Restored {
                 container, volumes, ..

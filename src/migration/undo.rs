@@ -167,6 +167,7 @@ impl Hands {
                 Ok(released?)
             }
             Effect::Fenced { fence } => Ok(fence.remove().await?),
+            Effect::Closed { gate } => Ok(gate.open().await?),
             Effect::Frozen { freezer } => {
                 let freezer = freezer.clone();
                 Ok(blocking(move || freezer.thaw()).await?)
