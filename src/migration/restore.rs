@@ -1,5 +1,7 @@
 //! The one round trip of the downtime: the container goes out, "running" comes back.
 
+use std::time::Duration;
+
 use hyper::{HeaderMap, Method};
 
 use super::{Cargo, Event, Migration};
@@ -7,6 +9,9 @@ use crate::agent::protocol::Running;
 use crate::bundle::splice::STATS_DUMP;
 use crate::criu::DumpStats;
 use crate::{Error, Result};
+
+/// How often the observer is told how much has been sent.
+const TOLD_EVERY: Duration = Duration::from_millis(250);
 
 pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
     let stream = migration.stream.take().ok_or(Error::OutOfOrder("stream"))?;
@@ -19,9 +24,18 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
         stream.bytes,
         within,
     );
-    let running: Running = tokio::select! {
-        answer = answer => answer.map_err(Error::of_host(&migration.request.to))?,
-        () = migration.request.cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
+    let mut answer = std::pin::pin!(answer);
+    let mut tick = tokio::time::interval(TOLD_EVERY);
+    let running: Running = loop {
+        tokio::select! {
+            answer = &mut answer => break answer.map_err(Error::of_host(&migration.request.to))?,
+            _ = tick.tick() => migration.clock.observer.observe(Event::Sent {
+                what: Cargo::Container,
+                bytes: stream.progress.wire(),
+                total: None,
+            }),
+            () = migration.request.cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
+        }
     };
     let bytes = stream.progress.wire();
     migration.bytes_frozen = bytes;

@@ -2,7 +2,7 @@
 //! one JSON object a line for programs.
 
 use std::io::{IsTerminal, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use livemig::migration::{Cargo, Event, Observer};
@@ -11,7 +11,14 @@ use livemig::{Error, Report};
 use crate::exit;
 
 /// Renders the events of one migration.
-pub enum Progress {
+pub struct Progress {
+    output: Output,
+    /// What is being sent, and since when.
+    sending: Option<(Cargo, Instant)>,
+}
+
+/// Where the events go.
+enum Output {
     /// On a terminal: a line that is written over.
     Terminal { bar: ProgressBar },
     /// Into a file or a pipe: a line an event.
@@ -23,28 +30,50 @@ pub enum Progress {
 impl Progress {
     /// The way that suits where the output goes.
     pub fn new(json: bool) -> Progress {
-        if json {
-            Progress::Json
+        let output = if json {
+            Output::Json
         } else if std::io::stderr().is_terminal() {
             let bar = ProgressBar::new_spinner();
             if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
                 bar.set_style(style);
             }
-            bar.enable_steady_tick(std::time::Duration::from_millis(100));
-            Progress::Terminal { bar }
+            bar.enable_steady_tick(Duration::from_millis(100));
+            Output::Terminal { bar }
         } else {
-            Progress::Lines {
+            Output::Lines {
                 last: Instant::now(),
             }
+        };
+        Progress {
+            output,
+            sending: None,
         }
     }
 
     fn line(&self, text: &str) {
-        match self {
-            Progress::Terminal { bar } => bar.println(text),
-            Progress::Lines { .. } | Progress::Json => say(std::io::stderr(), text),
+        match &self.output {
+            Output::Terminal { bar } => bar.println(text),
+            Output::Lines { .. } | Output::Json => say(std::io::stderr(), text),
         }
     }
+}
+
+/// How far it is, and how fast it goes.
+fn sending(what: Cargo, bytes: u64, total: Option<u64>, took: Duration) -> String {
+    let what = match what {
+        Cargo::Image => "image",
+        Cargo::Container => "container",
+    };
+    let mut text = format!("sending the {what}: {}", Bytes(bytes));
+    if let Some(total) = total {
+        text.push_str(&format!(" of {}", Bytes(total)));
+    }
+    // Before that a rate is chance.
+    if took >= Duration::from_millis(500) {
+        let rate = bytes as f64 / took.as_secs_f64();
+        text.push_str(&format!(", {}/s", Bytes(rate as u64)));
+    }
+    text
 }
 
 /// Writes a line. `println!` would panic when nobody reads any more (`| head`, a lost terminal), and
@@ -55,7 +84,7 @@ fn say(mut to: impl Write, line: &str) {
 
 impl Observer for Progress {
     fn observe(&mut self, event: Event) {
-        if matches!(self, Progress::Json) {
+        if matches!(self.output, Output::Json) {
             if let Ok(line) = serde_json::to_string(&event) {
                 say(std::io::stdout(), &line);
             }
@@ -63,7 +92,7 @@ impl Observer for Progress {
         }
         match event {
             Event::Started { phase } => {
-                if let Progress::Terminal { bar } = self {
+                if let Output::Terminal { bar } = &self.output {
                     bar.set_message(format!("{phase} …"));
                 }
             }
@@ -74,20 +103,16 @@ impl Observer for Progress {
                 ));
             }
             Event::Sent { what, bytes, total } => {
-                let what = match what {
-                    Cargo::Image => "image",
-                    Cargo::Container => "container",
+                let since = match self.sending {
+                    Some((same, since)) if same == what => since,
+                    _ => Instant::now(),
                 };
-                let text = match total {
-                    Some(total) => {
-                        format!("sending the {what}: {} of {}", Bytes(bytes), Bytes(total))
-                    }
-                    None => format!("sending the {what}: {}", Bytes(bytes)),
-                };
-                match self {
-                    Progress::Terminal { bar } => bar.set_message(text),
+                self.sending = Some((what, since));
+                let text = sending(what, bytes, total, since.elapsed());
+                match &mut self.output {
+                    Output::Terminal { bar } => bar.set_message(text),
                     // A line a second is enough for a log.
-                    Progress::Lines { last } if last.elapsed().as_secs() >= 1 => {
+                    Output::Lines { last } if last.elapsed().as_secs() >= 1 => {
                         *last = Instant::now();
                         say(std::io::stderr(), &text);
                     }
@@ -115,7 +140,7 @@ impl Observer for Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Progress::Terminal { bar } = self {
+        if let Output::Terminal { bar } = &self.output {
             bar.finish_and_clear();
         }
     }
