@@ -15,10 +15,10 @@
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Result;
-use super::ruleset::{self, Rules, add_empty, rule};
+use super::ruleset::{self, Rules, add_empty, equal, ip, payload, rule};
 use crate::podman::ContainerId;
 
 const INSTALL: &str = "keep the frozen container quiet";
@@ -54,16 +54,12 @@ impl Fence {
         let jump = json!({ "jump": { "target": chain } });
         commands.push(ruleset::named_rule(ruleset::NEW, &chain, &[jump]));
         for address in &self.addresses {
-            let family = if address.is_ipv4() { "ip" } else { "ip6" };
-            let matches = |op: &str, left: Value, right: Value| json!({ "match": { "op": op, "left": left, "right": right } });
-            let source = json!({ "payload": { "protocol": family, "field": "saddr" } });
+            let not_out_of_a_hop = json!({ "match": {
+                "op": "!=", "left": { "meta": { "key": "iifname" } }, "right": "livemig*",
+            } });
             let statements = [
-                matches(
-                    "!=",
-                    json!({ "meta": { "key": "iifname" } }),
-                    json!("livemig*"),
-                ),
-                matches("==", source, json!(address)),
+                not_out_of_a_hop,
+                equal(payload(ip(address), "saddr"), address),
                 json!({ "drop": null }),
             ];
             commands.push(rule(&drop_chain, &statements));

@@ -10,10 +10,10 @@
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Result;
-use super::ruleset::{self, add_empty, rule};
+use super::ruleset::{self, add_empty, equal, ip, payload, rule};
 use crate::podman::ContainerId;
 
 /// A container that nothing gets through to. It is a value that a journal can keep.
@@ -41,14 +41,9 @@ impl Gate {
         let jump = json!({ "jump": { "target": chain } });
         commands.push(ruleset::named_rule(ruleset::NEW, &chain, &[jump]));
         for address in &self.addresses {
-            let family = if address.is_ipv4() { "ip" } else { "ip6" };
-            let equal = |left: Value, right: Value| json!({ "match": { "op": "==", "left": left, "right": right } });
             let statements = [
-                equal(json!({ "meta": { "key": "iifname" } }), json!("livemig*")),
-                equal(
-                    json!({ "payload": { "protocol": family, "field": "daddr" } }),
-                    json!(address),
-                ),
+                equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),
+                equal(payload(ip(address), "daddr"), address),
                 json!({ "drop": null }),
             ];
             commands.push(rule(&chain, &statements));

@@ -66,7 +66,7 @@ use serde_json::{Value, json};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
-use super::ruleset::{self, Rules, add_empty, rule};
+use super::ruleset::{self, Rules, add_empty, equal, ip, payload, rule};
 use super::wire::{
     self, AF_UNSPEC, NF_ACCEPT, NF_DROP, QUEUE_PACKET, QUEUE_VERDICT, QUEUE_VERDICT_BATCH, nfqa,
     nfqa_cfg,
@@ -292,18 +292,6 @@ impl HoldSpec {
             })
             .collect()
     }
-}
-
-fn ip(address: &IpAddr) -> &'static str {
-    if address.is_ipv6() { "ip6" } else { "ip" }
-}
-
-fn payload(protocol: &str, field: &str) -> Value {
-    json!({ "payload": { "protocol": protocol, "field": field } })
-}
-
-fn equal(left: impl Into<Value>, right: impl Serialize) -> Value {
-    json!({ "match": { "op": "==", "left": left.into(), "right": json!(right) } })
 }
 
 /// Where the packets go that were held.

@@ -13,12 +13,14 @@
 //! a hook of its own.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use neli::consts::nl::NlmF;
 use neli::consts::socket::NlFamily;
 use nftables::helper::{self, NftablesError};
 use rustix::io::Errno;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::wire::{self, NFPROTO_INET, SUBSYS_NFTABLES, nft};
@@ -85,6 +87,21 @@ pub(super) fn named_rule(chain: &str, name: &str, statements: &[Value]) -> Value
         "rule",
         json!({ "chain": chain, "expr": statements, "comment": name }),
     )
+}
+
+/// What nftables calls the protocol of an address.
+pub(super) fn ip(address: &IpAddr) -> &'static str {
+    if address.is_ipv6() { "ip6" } else { "ip" }
+}
+
+/// A field of a packet's header.
+pub(super) fn payload(protocol: &str, field: &str) -> Value {
+    json!({ "payload": { "protocol": protocol, "field": field } })
+}
+
+/// A statement that lets on only packets in which the two are equal.
+pub(super) fn equal(left: impl Into<Value>, right: impl Serialize) -> Value {
+    json!({ "match": { "op": "==", "left": left.into(), "right": json!(right) } })
 }
 
 /// The commands that make the table and its base chains exist.

@@ -94,14 +94,6 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Whether it keeps others from taking its port: it listens, or is bound and has no peer.
-    pub fn is_bound(&self) -> bool {
-        match self.kind {
-            Kind::Tcp => self.state == State::Listen,
-            Kind::Udp => self.remote.port() == 0,
-        }
-    }
-
     /// Whether something waits in it that a program would have to take out before it is frozen:
     /// datagrams, or connections to be accepted. Unread bytes of a TCP connection are not meant:
     /// those are kept.
