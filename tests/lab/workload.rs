@@ -1162,7 +1162,10 @@ impl Gap {
 
     /// The same for what arrived at a time that is known.
     fn reply_at(&mut self, now: Instant, now_ns: u128) -> Duration {
-        let gap = now.saturating_duration_since(self.last);
+        // By the real time: the monotonic clock of a restored process goes on from where it was
+        // dumped, as if no time had passed.
+        let nanoseconds = now_ns.saturating_sub(self.last_ns);
+        let gap = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
         if gap > self.longest {
             (self.longest, self.from_ns, self.to_ns) = (gap, self.last_ns, now_ns);
         }
