@@ -15,7 +15,7 @@
 //!
 //! iperf3 gives up, or does not end, when its control connection is disturbed, so what it prints is
 //! read line by line as it comes (`--json-stream`), and it is killed at the bound.
-//! `LIVEMIG_BENCH_SECONDS` (30, at least 15) of each run.
+//! `LIVEMIG_BENCH_SECONDS` (30, at least 20) of each run.
 
 #[path = "../tests/lab/mod.rs"]
 mod lab;
@@ -96,7 +96,7 @@ async fn main() -> ExitCode {
     if !record::wanted() {
         return ExitCode::SUCCESS;
     }
-    let seconds: u64 = record::setting("LIVEMIG_BENCH_SECONDS", 30).max(15);
+    let seconds: u64 = record::setting("LIVEMIG_BENCH_SECONDS", 30).max(20);
     let raw_tcp = raw(Protocol::Tcp, 6).await;
     let raw_udp = raw(Protocol::Udp, 6).await;
     println!("raw WireGuard, one hop: {raw_tcp:.0} Mbit/s, {raw_udp:.0} datagrams/s\n");
@@ -162,7 +162,7 @@ async fn measure(protocol: Protocol, shortened: bool, seconds: u64) -> Option<Ru
     let began = Instant::now();
     let since = |now: Instant| now.duration_since(began).as_secs_f64();
     let mut migrations = Vec::new();
-    for (part, (from, to)) in [(0.27, (1, 2)), (0.6, (2, 3))] {
+    for (part, (from, to)) in [(0.2, (1, 2)), (0.58, (2, 3))] {
         let due = began + Duration::from_secs_f64(seconds as f64 * part);
         tokio::time::sleep_until(due.into()).await;
         let begin = since(Instant::now());
