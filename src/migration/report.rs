@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::drain::Drain;
 use super::event::Phase;
 use crate::agent::protocol::MigrationId;
 use crate::conntrack::Flow;
@@ -22,7 +23,8 @@ pub struct Report {
     pub name: String,
     /// The host it runs on now.
     pub destination: String,
-    /// From the moment the container's packets began to wait until they were let go.
+    /// From the moment the packets of the container's connections began to wait until they were let
+    /// go.
     #[serde(rename = "downtime_ms", serialize_with = "milliseconds")]
     pub downtime: Duration,
     /// The whole migration, preflight to commit.
@@ -37,6 +39,8 @@ pub struct Report {
     pub bytes_frozen: u64,
     /// The connections that went along.
     pub flows: Vec<Flow>,
+    /// How what had arrived before was read, and what was not.
+    pub drain: Drain,
     /// What happened to the packets that arrived meanwhile.
     pub held: HoldReport,
     /// What CRIU says of the dump, where it said something.
@@ -72,7 +76,7 @@ impl std::fmt::Display for Leftover {
     }
 }
 
-fn milliseconds<S: serde::Serializer>(
+pub(super) fn milliseconds<S: serde::Serializer>(
     duration: &Duration,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {

@@ -36,11 +36,20 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Migrate {
             what,
             keep_volumes,
+            when_full,
+            hold_packets,
+            hold_mib,
             rehearse,
             report,
         } => {
+            let config = Config {
+                hold_packets,
+                hold_bytes: hold_mib << 20,
+                ..config
+            };
             let request = request(config, what)
                 .keep_volumes(keep_volumes)
+                .when_full(when_full.into())
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
         }
