@@ -48,7 +48,7 @@
 //! firewall that is restarted; not Podman, which only adds and removes rules) makes the kernel drop
 //! all that waits in queues, and so does the removal of the interface that they came in by.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -66,6 +66,7 @@ use serde_json::{Value, json};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
+use super::published;
 use super::ruleset::{self, Rules, add_empty, equal, ip, payload, rule};
 use super::wire::{
     self, AF_UNSPEC, NF_ACCEPT, NF_DROP, QUEUE_PACKET, QUEUE_VERDICT, QUEUE_VERDICT_BATCH, nfqa,
@@ -200,11 +201,10 @@ impl HoldSpec {
             commands.extend(add_empty(chain));
         }
         for (base, chain) in [(ruleset::NEW, &new), (ruleset::ESTABLISHED, &established)] {
-            let jump = json!({ "jump": { "target": chain } });
-            commands.push(ruleset::named_rule(base, chain, &[jump]));
+            commands.extend(ruleset::jumps(base, chain));
         }
         for (chain, verdict) in [(&new, &goto), (&established, &json!({ "return": null }))] {
-            for mut statements in self.published(PortProtocol::Tcp) {
+            for mut statements in published::matches(&self.ports, PortProtocol::Tcp) {
                 statements.insert(
                     0,
                     equal(
@@ -244,7 +244,7 @@ impl HoldSpec {
                 ));
             }
         }
-        for mut statements in self.published(PortProtocol::Udp) {
+        for mut statements in published::matches(&self.ports, PortProtocol::Udp) {
             statements.insert(
                 0,
                 json!({ "match": {
@@ -255,42 +255,6 @@ impl HoldSpec {
             commands.push(rule(&established, &statements));
         }
         commands
-    }
-
-    /// What matches packets to the published ports of a protocol: a list of statements for each
-    /// address that ports are bound to.
-    fn published(&self, protocol: PortProtocol) -> Vec<Vec<Value>> {
-        let mut by_address: BTreeMap<Option<IpAddr>, Vec<Value>> = BTreeMap::new();
-        for ports in self.ports.iter().filter(|p| p.protocol == protocol) {
-            by_address
-                .entry(ports.address.filter(|a| !a.is_unspecified()))
-                .or_default()
-                .push(if ports.first == ports.last {
-                    json!(ports.first)
-                } else {
-                    json!({ "range": [ports.first, ports.last] })
-                });
-        }
-        let name = match protocol {
-            PortProtocol::Tcp => "tcp",
-            PortProtocol::Udp => "udp",
-        };
-        by_address
-            .into_iter()
-            .map(|(address, ports)| {
-                let mut statements = vec![
-                    equal(payload(name, "dport"), json!({ "set": ports })),
-                    equal(
-                        json!({ "fib": { "result": "type", "flags": ["daddr"] } }),
-                        json!("local"),
-                    ),
-                ];
-                if let Some(address) = address {
-                    statements.insert(0, equal(payload(ip(&address), "daddr"), json!(address)));
-                }
-                statements
-            })
-            .collect()
     }
 }
 

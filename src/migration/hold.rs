@@ -33,6 +33,7 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     let fence = on_a_network.then(|| Fence {
         container: container.id.clone(),
         addresses: addresses.clone(),
+        ports: spec.ports.clone(),
     });
     let destination = Effect::Destination {
         peer: migration.request.to.clone(),

@@ -6,7 +6,7 @@
 use super::{Migration, check};
 use crate::Result;
 use crate::conntrack::hold::To;
-use crate::conntrack::{Flow, Table};
+use crate::conntrack::{Flow, Table, alias};
 use crate::netlink::Namespace;
 use crate::podman::{Container, Network};
 use crate::tunnel::HopId;
@@ -30,11 +30,19 @@ pub(super) async fn mark(
             .filter_map(|entry| entry.flow_of(address));
         flows.extend(of_it.filter(|flow| flow.keepable(&subnets).is_ok()));
     }
-    let marks = flows.iter().map(|flow| {
+    alias::remember(&alias::of_flows(&flows, &subnets))?;
+    let (tied, free): (Vec<&Flow>, _) = flows.iter().partition(|flow| flow.is_tied_to_interface());
+    let tied = tied.into_iter().map(|flow| {
+        let (mark, mask) = flow.steering(Some(hop));
+        (flow.entry.clone(), mark, mask)
+    });
+    let free = free.into_iter().map(|flow| {
         let (mark, mask) = flow.steering(Some(hop));
         (flow.entry.original, mark, mask)
     });
-    for marked in table.set_mark_all(marks.collect()).await? {
+    let mut outcomes = table.pin_all(tied.collect()).await?;
+    outcomes.extend(table.set_mark_all(free.collect()).await?);
+    for marked in outcomes {
         match marked {
             // It ended since it was read.
             Err(error) if error.is_gone() => {}
@@ -51,6 +59,11 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     // They pass within a millisecond; what takes longer is removing the rules.
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
+    }
+    // What begins anew waits until it is let go, and then finds nobody here.
+    if let Some(fence) = &migration.fence {
+        let refused = fence.refuse();
+        migration.note("refusing new connections", refused.map_err(Into::into));
     }
     // A container without an address has no packets.
     if let Some(hold) = migration.hands.hold.take() {

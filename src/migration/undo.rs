@@ -14,7 +14,7 @@ use super::prepare::tunnels;
 use super::report::Leftover;
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, To};
-use crate::conntrack::{self, Family, Fence, Table, steer};
+use crate::conntrack::{self, Family, Fence, Table, alias, steer};
 use crate::netlink::Namespace;
 use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions};
 use crate::tunnel::HopId;
@@ -242,6 +242,7 @@ impl Hands {
         let fence = Fence {
             container: container.clone(),
             addresses,
+            ports: Vec::new(),
         };
         if !fence.addresses.is_empty()
             && let Err(error) = quiet(&fence).await
@@ -310,6 +311,7 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
     let entries = Table::open(&Namespace::current()?)?
         .dump(Family::Both)
         .await?;
+    alias::forget_unused(&entries)?;
     for hop in hops {
         let id = hop.spec.hop;
         if entries.iter().any(|entry| entry.mark.uses(id)) {
@@ -338,7 +340,7 @@ async fn clear_marks(addresses: &[IpAddr], hop: HopId) -> Result<()> {
             }
         }
     }
-    Ok(())
+    Ok(alias::forget_unused(&table.dump(Family::Both).await?)?)
 }
 
 /// Deletes the flows that were inserted for a container that came, or was to come, through a hop.
