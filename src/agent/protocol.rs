@@ -11,10 +11,14 @@
 //!    │  PUT  /v1/migrations/ID/image   bytes ──────────▶  only if it lacks the image
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │              ── hold, freeze: the downtime begins ──
+//!    │  POST /v1/migrations/ID/hold    ────────────────▶  only if the container comes home: what
+//!    │  ◀───────────────────────────────────── Nothing    comes for it waits there, not here
 //!    │  POST /v1/migrations/ID/restore                    flows inserted, container restored
 //!    │       Flows, then the container as it is dumped ▶
 //!    │  ◀───────────────────────────────────── Running    the one round trip of the downtime
 //!    │              ── release: the downtime ends ──
+//!    │  POST /v1/migrations/ID/release ────────────────▶  what waited there goes to the container
+//!    │  ◀───────────────────────────────────── Nothing
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
 //!    │  ◀───────────────────────────────────── Nothing
 //!
@@ -155,6 +159,9 @@ pub struct Prepare {
 pub struct Prepared {
     /// The destination's end of the hop.
     pub hop: tunnel::Proposal,
+    /// Whether connections of the container began there, or came through there: it comes home.
+    #[serde(default)]
+    pub home: bool,
 }
 
 /// The first frame of a restore: what has to be known before the container runs.
@@ -171,6 +178,9 @@ pub struct Running {
     pub restore: Duration,
     /// How many flows were inserted.
     pub flows: usize,
+    /// Which of the flows were known there and end there again, by their places in the list.
+    #[serde(default)]
+    pub home: Vec<usize>,
 }
 
 /// Nothing but success.

@@ -21,7 +21,8 @@ use super::protocol::{
 };
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
-use crate::conntrack::{Gate, Table, steer};
+use crate::conntrack::hold::{Hold, HoldSpec, To};
+use crate::conntrack::{Gate, Table};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
@@ -62,6 +63,10 @@ struct Session {
     heard_of: Instant,
     /// How many flows came along.
     flows: usize,
+    /// The hop by which connections of this container left this host: it comes home.
+    away: Option<HopId>,
+    /// What keeps their packets until the source lets go.
+    hold: Option<Hold>,
     /// Podman was asked to restore the container and has not answered.
     unsure: bool,
 }
@@ -111,7 +116,7 @@ impl Sessions {
                     container.name
                 ));
             } else {
-                let leftovers = self.unwind(&journal, true).await;
+                let leftovers = self.unwind(&journal, None, true).await;
                 told.push(format!("migration {id} was interrupted and is undone"));
                 told.extend(
                     leftovers
@@ -139,8 +144,9 @@ impl Sessions {
     }
 
     /// Undoes what a journal names. `unsure`: Podman may still be at work on it.
-    async fn unwind(&self, journal: &Journal, unsure: bool) -> Vec<String> {
+    async fn unwind(&self, journal: &Journal, hold: Option<Hold>, unsure: bool) -> Vec<String> {
         let mut hands = Hands::new(self.config.clone(), self.podman.clone());
+        hands.hold = hold;
         hands.unsure = unsure;
         // Nothing that an incoming migration does is in doubt: there is nobody to ask.
         let leftovers = migration::unwind(&mut hands, journal, &mut |_event| {})
@@ -234,6 +240,14 @@ impl Sessions {
                 session.heard_of = Instant::now();
                 said(loaded)
             }
+            (&Method::POST, ["v1", "migrations", id, "hold"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                said(self.hold(&mut *session.lock().await).await)
+            }
+            (&Method::POST, ["v1", "migrations", id, "release"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                said(self.release(&mut *session.lock().await).await)
+            }
             (&Method::POST, ["v1", "migrations", id, "restore"]) => {
                 let (id, session) = self.find(&caller, id)?;
                 let mut session = session.lock().await;
@@ -298,6 +312,8 @@ impl Sessions {
             journal,
             heard_of: Instant::now(),
             flows: 0,
+            away: None,
+            hold: None,
             unsure: false,
         }));
         let mut session = state.clone().lock_owned().await;
@@ -342,19 +358,16 @@ impl Sessions {
                 self.podman.create_network(network).await?;
             }
         }
-        let tunnels = migration::tunnels(&self.config);
         session.journal.will([Effect::Hop {
             user: id.as_str().to_owned(),
         }])?;
-        let (hop, _) = tunnels.acquire(&caller.peer.fingerprint.to_string(), id.as_str())?;
-        let hop = hop.spec.hop;
-        let own = tunnels
-            .open(hop, migration::mtu(&session.offer.networks))
-            .await?;
-        // The guard first: from the moment the peer is let in, packets can come.
-        steer::install(hop).await?;
-        tunnels.connect(hop, theirs, caller.remote.ip()).await?;
-        session.hop = Some(hop);
+        let mtu = migration::mtu(&session.offer.networks);
+        let peer = &caller.peer.fingerprint;
+        let own = migration::open_hop(&self.config, peer, id.as_str(), mtu).await?;
+        migration::connect_hop(&self.config, own.hop, theirs, caller.remote.ip()).await?;
+        session.hop = Some(own.hop);
+        let addresses: Vec<_> = session.offer.container.addresses().collect();
+        session.away = migration::came_from_here(&addresses).await?;
         let gate = gate(&session.offer.container);
         if !gate.addresses.is_empty() {
             session
@@ -362,17 +375,41 @@ impl Sessions {
                 .will([Effect::Closed { gate: gate.clone() }])?;
             gate.close().await?;
         }
-        Ok(Prepared { hop: own })
+        Ok(Prepared {
+            hop: own.proposal,
+            home: session.away.is_some(),
+        })
+    }
+
+    /// Holds what comes for the container on connections that began here.
+    async fn hold(&self, session: &mut Session) -> Result<Nothing, Error> {
+        if session.stage != Stage::Prepared || session.hold.is_some() {
+            return Err(Error::OutOfOrder("preparation"));
+        }
+        let addresses = session.offer.container.addresses().collect();
+        let spec = HoldSpec::new(0x5c00, addresses);
+        session
+            .journal
+            .will([Effect::Hold { spec: spec.clone() }])?;
+        session.hold = Some(Hold::start(spec).await?);
+        Ok(Nothing {})
+    }
+
+    /// Lets go what was held: the source has let go of its own.
+    async fn release(&self, session: &mut Session) -> Result<Nothing, Error> {
+        if session.stage != Stage::Running {
+            return Err(Error::OutOfOrder("running container"));
+        }
+        if let Some(hold) = session.hold.take() {
+            hold.release(To::Destination).await?;
+        }
+        Ok(Nothing {})
     }
 
     /// Makes sure that packets of full size come through the hop, and sends some back.
     async fn probe(&self, session: &Session) -> Result<Nothing, Error> {
         let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
-        let tunnels = migration::tunnels(&self.config);
-        tunnels
-            .verify_full_size(hop, self.config.handshake_timeout)
-            .await?;
-        tunnels.verify(hop, self.config.handshake_timeout).await?;
+        migration::answer_verify(&self.config, hop).await?;
         Ok(Nothing {})
     }
 
@@ -445,9 +482,14 @@ impl Sessions {
         let container = session.offer.container.clone();
         let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
         let volumes: Vec<String> = container.volumes().map(str::to_owned).collect();
-        session.journal.will([
+        let addresses: Vec<_> = container.addresses().collect();
+        let came_home = session.away.map(|hop| Effect::CameHome {
+            addresses: addresses.clone(),
+            hop,
+        });
+        session.journal.will(came_home.into_iter().chain([
             Effect::Flows {
-                addresses: container.addresses().collect(),
+                addresses: addresses.clone(),
                 hop,
             },
             Effect::Restored {
@@ -455,11 +497,20 @@ impl Sessions {
                 volumes,
                 ports: container.ports.clone(),
             },
-        ])?;
+        ]))?;
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
         let (Flows { flows }, archive) = bundle::beheaded(content).await?;
+        let home = match session.away {
+            Some(_) => migration::welcome(&addresses, &flows).await?,
+            None => Vec::new(),
+        };
         let table = Table::open(&Namespace::current()?)?;
-        let entries = flows.iter().map(|flow| flow.at_destination(hop)).collect();
+        let arriving = flows.iter().enumerate();
+        let entries = arriving
+            // In order, as they were found.
+            .filter(|(place, _)| home.binary_search(place).is_err())
+            .map(|(_, flow)| flow.at_destination(hop))
+            .collect();
         let mut inserted = 0;
         for result in table.insert_all(entries).await? {
             result?;
@@ -498,6 +549,7 @@ impl Sessions {
         Ok(Running {
             restore,
             flows: inserted,
+            home,
         })
     }
 
@@ -517,17 +569,23 @@ impl Sessions {
             return Err(Error::OutOfOrder("running container"));
         }
         session.journal.commit()?;
-        // A hop that no connection needs would only be in the way.
-        if session.flows == 0 {
-            migration::leave_hop(&self.config, id.as_str()).await?;
-        }
+        // The source may not have been able to say so.
+        self.release(session).await?;
         self.close(id, session)?;
+        // Hops that no connection needs would only be in the way. The source does not wait for that.
+        let config = self.config.clone();
+        tokio::spawn(async move {
+            if let Err(error) = migration::leave_idle_hops(&config).await {
+                tracing::warn!(%error, "hops that nobody uses could not be removed");
+            }
+        });
         Ok(Nothing {})
     }
 
     /// Undoes everything. An error means that the container may still be here.
     async fn undo(&self, id: &MigrationId, session: &mut Session) -> Result<Undone, Error> {
-        let leftovers = self.unwind(&session.journal, session.unsure).await;
+        let hold = session.hold.take();
+        let leftovers = self.unwind(&session.journal, hold, session.unsure).await;
         self.make_sure_it_is_gone(&session.journal, &leftovers)
             .await?;
         session.stage = Stage::Unknown;
@@ -545,7 +603,7 @@ impl Sessions {
                 leftovers: Vec::new(),
             });
         };
-        let leftovers = self.unwind(&journal, true).await;
+        let leftovers = self.unwind(&journal, None, true).await;
         self.make_sure_it_is_gone(&journal, &leftovers).await?;
         if leftovers.is_empty() {
             journal.close()?;

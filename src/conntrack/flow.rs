@@ -124,6 +124,16 @@ impl Flow {
         }
     }
 
+    /// The hop by which it came to this host; none if it began here.
+    pub fn came_by(&self) -> Option<HopId> {
+        self.entry.mark.hop(self.towards_container().opposite())
+    }
+
+    /// The hop by which it goes on to the container; none if that is on this host.
+    pub fn goes_by(&self) -> Option<HopId> {
+        self.entry.mark.hop(self.towards_container())
+    }
+
     /// The bits that send its packets to the container through a hop, and the bits to change, for
     /// the entry of the host that the container leaves. Without a hop: that take it back home.
     ///

@@ -90,6 +90,14 @@ pub enum Effect {
         /// The hop they come through.
         hop: HopId,
     },
+    /// Flows that began here end here again: their container comes home. Undone by sending them after
+    /// it again.
+    CameHome {
+        /// The container's addresses.
+        addresses: Vec<IpAddr>,
+        /// The hop by which they went.
+        hop: HopId,
+    },
     /// Nothing gets through to a container that is about to arrive.
     Closed {
         /// Which container.
@@ -134,6 +142,7 @@ impl std::fmt::Display for Effect {
             Effect::Image { id } => write!(f, "image {id}"),
             Effect::Closed { .. } => write!(f, "the rule that keeps packets from the container"),
             Effect::Flows { .. } => write!(f, "flows inserted for the container"),
+            Effect::CameHome { .. } => write!(f, "flows that end at this host again"),
             Effect::Restored {
                 container, volumes, ..
             } if volumes.is_empty() => {

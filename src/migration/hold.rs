@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use super::{Asked, Effect, Migration};
+use super::{Asked, Effect, Migration, home};
 use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, Hold, HoldSpec, PortProtocol};
 use crate::criu::Freezer;
@@ -16,6 +16,10 @@ use crate::podman::{Container, PublishedPort};
 use crate::{Error, Result};
 
 pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
+    let begun = Instant::now();
+    if migration.comes_home {
+        home::hold_there(migration).await?;
+    }
     let container = &migration.preflight.container;
     let hop = migration.hop()?;
     let addresses: Vec<_> = container.addresses().collect();
@@ -70,6 +74,9 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         let hold = Hold::start(spec).await?;
         migration.held_since = Some(hold.since());
         migration.hands.hold = Some(hold);
+    }
+    if migration.comes_home {
+        migration.held_since = Some(begun);
     }
     Ok(())
 }

@@ -16,6 +16,8 @@ mod effect;
 mod event;
 mod freeze;
 mod hold;
+mod home;
+mod hop;
 mod journal;
 mod lock;
 mod plan;
@@ -35,15 +37,17 @@ use std::time::{Duration, Instant};
 pub(crate) use check::{at_destination, refuse};
 pub use effect::{Asked, Effect};
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
+pub(crate) use home::{came_from_here, welcome};
+pub(crate) use hop::{answer_verify, connect as connect_hop, open as open_hop, tunnels};
 pub use journal::{Journal, JournalError, left_behind};
 pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};
 pub(crate) use preflight::{find, podman};
-pub(crate) use prepare::{mtu, tunnels};
+pub(crate) use prepare::mtu;
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
 pub use request::Request;
-pub(crate) use undo::{Hands, leave_hop, leave_idle_hops, unwind};
+pub(crate) use undo::{Hands, leave_idle_hops, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
@@ -93,6 +97,10 @@ struct Migration<'a> {
     hands: Hands,
     _lock: Lock,
     hop: Option<HopId>,
+    /// Whether the destination has connections of this container that it once sent away.
+    comes_home: bool,
+    /// Which of the flows now end at the destination, as before they had left it.
+    at_home: Vec<Flow>,
     freezer: Option<Freezer>,
     fence: Option<Fence>,
     frozen: Option<freeze::Frozen>,
@@ -135,6 +143,8 @@ impl<'a> Migration<'a> {
             hands: Hands::new(request.config.clone(), podman),
             _lock: lock,
             hop: None,
+            comes_home: false,
+            at_home: Vec::new(),
             freezer: None,
             fence: None,
             frozen: None,

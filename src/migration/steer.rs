@@ -3,7 +3,7 @@
 //! The marks are set early, while the container is being dumped: no packet reads them until it is
 //! released, so that the release itself is all that is left to do when the destination says "running".
 
-use super::{Migration, check};
+use super::{Migration, check, home};
 use crate::Result;
 use crate::conntrack::hold::To;
 use crate::conntrack::{Flow, Table, alias};
@@ -30,8 +30,15 @@ pub(super) async fn mark(
             .filter_map(|entry| entry.flow_of(address));
         flows.extend(of_it.filter(|flow| flow.keepable(&subnets).is_ok()));
     }
-    alias::remember(&alias::of_flows(&flows, &subnets))?;
-    let (tied, free): (Vec<&Flow>, _) = flows.iter().partition(|flow| flow.is_tied_to_interface());
+    // One that came by this very hop goes home, and does not come back here.
+    let leaving: Vec<&Flow> = flows
+        .iter()
+        .filter(|flow| flow.came_by() != Some(hop))
+        .collect();
+    alias::remember(&alias::of_flows(leaving.iter().copied(), &subnets))?;
+    let (tied, free): (Vec<&Flow>, _) = leaving
+        .into_iter()
+        .partition(|flow| flow.is_tied_to_interface());
     let tied = tied.into_iter().map(|flow| {
         let (mark, mask) = flow.steering(Some(hop));
         (flow.entry.clone(), mark, mask)
@@ -64,6 +71,10 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     if let Some(fence) = &migration.fence {
         let refused = fence.refuse();
         migration.note("refusing new connections", refused.map_err(Into::into));
+    }
+    if migration.comes_home {
+        let released = home::release_there(migration).await;
+        migration.note("letting packets go at the destination", released);
     }
     // A container without an address has no packets.
     if let Some(hold) = migration.hands.hold.take() {

@@ -8,9 +8,10 @@ use serde::de::DeserializeOwned;
 
 use super::effect::{Asked, Effect};
 use super::event::{Event, Observer};
+use super::home::{flows, forget, mark_all, send_away};
+use super::hop::tunnels;
 use super::journal::{Journal, left_behind};
 use super::preflight::{connect, peer};
-use super::prepare::tunnels;
 use super::report::Leftover;
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, To};
@@ -176,6 +177,7 @@ impl Hands {
             Effect::Network { name } => Ok(self.podman.remove_network(name).await.map(|_| ())?),
             Effect::Image { id } => Ok(self.podman.remove_image(id).await.map(|_| ())?),
             Effect::Flows { addresses, hop } => Ok(delete_flows(addresses, *hop).await?),
+            Effect::CameHome { addresses, hop } => Ok(send_away(addresses, *hop).await?),
             Effect::Restored {
                 container,
                 volumes,
@@ -330,34 +332,27 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
 
 /// Clears this hop from the marks of a container's flows.
 async fn clear_marks(addresses: &[IpAddr], hop: HopId) -> Result<()> {
+    let mut flows = flows(addresses).await?;
+    flows.retain(|flow| flow.goes_by() == Some(hop));
+    let cleared = flows.iter().map(|flow| {
+        let (mark, mask) = flow.steering(None);
+        (flow.entry.original, mark, mask)
+    });
+    mark_all(cleared.collect()).await?;
     let table = Table::open(&Namespace::current()?)?;
-    for address in addresses {
-        let entries = table.dump_container(*address).await?;
-        for flow in entries.iter().filter_map(|entry| entry.flow_of(*address)) {
-            if flow.entry.mark.hop(flow.towards_container()) == Some(hop) {
-                let (mark, mask) = flow.steering(None);
-                unless_gone(table.set_mark(&flow.entry.original, mark, mask).await)?;
-            }
-        }
-    }
     Ok(alias::forget_unused(&table.dump(Family::Both).await?)?)
 }
 
 /// Deletes the flows that were inserted for a container that came, or was to come, through a hop.
 async fn delete_flows(addresses: &[IpAddr], hop: HopId) -> Result<()> {
-    let table = Table::open(&Namespace::current()?)?;
-    for address in addresses {
-        for entry in table.dump_container(*address).await? {
-            if entry.mark.uses(hop) {
-                unless_gone(table.delete(&entry.original).await)?;
-            }
-        }
-    }
-    Ok(())
+    // By the way back: what began here and was sent away by the same hop is not meant.
+    let mut flows = flows(addresses).await?;
+    flows.retain(|flow| flow.came_by() == Some(hop));
+    forget(&flows).await
 }
 
 /// A connection may end at any moment.
-fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
+pub(super) fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
     match result {
         Err(error) if error.is_gone() => Ok(()),
         other => other,
