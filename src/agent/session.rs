@@ -15,6 +15,7 @@ use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
 use tokio_util::io::{ReaderStream, StreamReader};
 
+use super::paths::Paths;
 use super::protocol::{
     Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
     Status, Undone,
@@ -44,6 +45,7 @@ pub struct Sessions {
     config: Config,
     podman: Client,
     open: Mutex<HashMap<MigrationId, Shared>>,
+    paths: Paths,
 }
 
 /// A migration and whose it is. One request at a time works on it.
@@ -76,6 +78,7 @@ impl Sessions {
     pub fn new(config: Config) -> Sessions {
         let podman = Client::new(&config.podman_socket);
         Sessions {
+            paths: Paths::new(config.clone(), podman.clone()),
             config,
             podman,
             open: Mutex::default(),
@@ -182,6 +185,7 @@ impl Sessions {
             if let Err(error) = migration::leave_idle_hops(&self.config).await {
                 tracing::warn!(%error, "hops that nobody uses could not be removed");
             }
+            self.paths.look_after().await;
             let open: Vec<(MigrationId, Shared)> = self
                 .sessions()
                 .iter()
@@ -209,6 +213,12 @@ impl Sessions {
 
     async fn answer(self: Arc<Self>, caller: Caller, request: Request<Body>) -> Reply {
         let (head, body) = request.into_parts();
+        let path = head.uri.path().to_owned();
+        let path: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+        if let ["v1", "paths", id, verb] = path.as_slice() {
+            let request = Request::from_parts(head, body);
+            return self.paths.answer(&caller, id, verb, request).await;
+        }
         if !caller.peer.may(Permission::Send) {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
@@ -216,7 +226,6 @@ impl Sessions {
                 format!("{} may not send containers to this host", caller.peer.name),
             ));
         }
-        let path: Vec<&str> = head.uri.path().trim_start_matches('/').split('/').collect();
         match (&head.method, path.as_slice()) {
             (&Method::POST, ["v1", "assess"]) => {
                 let offer: Offer = body.json().await?;
@@ -673,13 +682,13 @@ fn gate(container: &Container) -> Gate {
     }
 }
 
-fn number(text: &str) -> Result<MigrationId, Refusal> {
+pub(super) fn number(text: &str) -> Result<MigrationId, Refusal> {
     text.parse()
         .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, "bad-request", format!("{error}")))
 }
 
 /// An answer, or the refusal that an error is.
-fn said<T: Serialize>(result: Result<T, Error>) -> Reply {
+pub(super) fn said<T: Serialize>(result: Result<T, Error>) -> Reply {
     match result {
         Ok(answer) => reply::json(&answer),
         Err(error) => {

@@ -147,6 +147,13 @@ impl Flow {
         )
     }
 
+    /// What marks its entry at the container's host so that the container's packets go by another
+    /// hop: the entry, the bits and which of them to change.
+    pub fn answering(&self, hop: HopId) -> (Tuple, Mark, Mark) {
+        let back = self.towards_container().opposite();
+        (self.entry.original, Mark::to(back, hop), Mark::mask(back))
+    }
+
     /// The entry that the destination's kernel has to know before the container runs there, where
     /// `hop` is the destination's number of the hop that leads back.
     ///

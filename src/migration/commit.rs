@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::undo::leave_idle_hops;
-use super::{Leftover, Migration, home};
+use super::{Leftover, Migration, home, path};
 use crate::Result;
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
@@ -45,13 +44,14 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     // They do not come through here any more.
     let forgotten = home::forget(&migration.at_home).await;
     migration.note("the connections that went home", forgotten);
+    let forgotten = path::forget_in_between(migration).await;
+    migration.note("the connections that went home past others", forgotten);
     if migration.leftovers.is_empty() {
         let closed = migration.journal.close();
         migration.note("the journal", closed.map_err(Into::into));
     }
-    // Hops that no connection needs would only be in the way.
-    let left = leave_idle_hops(&migration.request.config).await;
-    migration.note("a tunnel that no connection uses", left);
+    let shortened = path::shorten(migration).await;
+    migration.note("the paths of older connections", shortened);
     Ok(())
 }
 

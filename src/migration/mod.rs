@@ -20,6 +20,7 @@ mod home;
 mod hop;
 mod journal;
 mod lock;
+mod path;
 mod plan;
 mod precopy;
 mod preflight;
@@ -35,11 +36,14 @@ mod undo;
 use std::time::{Duration, Instant};
 
 pub(crate) use check::{at_destination, refuse};
-pub use effect::{Asked, Effect};
+pub use effect::{Asked, Effect, End};
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
-pub(crate) use home::{came_from_here, welcome};
-pub(crate) use hop::{answer_verify, connect as connect_hop, open as open_hop, tunnels};
+pub(crate) use home::{ON_ITS_WAY, came_from_here, flows as flows_of, forget, mark_all, welcome};
+pub(crate) use hop::{
+    answer_verify, connect as connect_hop, open as open_hop, tunnels, verify as verify_hop,
+};
 pub use journal::{Journal, JournalError, left_behind};
+pub use path::Path;
 pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};
 pub(crate) use preflight::{find, podman};
@@ -112,6 +116,7 @@ struct Migration<'a> {
     downtime: Duration,
     held: HoldReport,
     dump: Option<DumpStats>,
+    paths: Vec<Path>,
     bytes_sent: u64,
     bytes_frozen: u64,
     leftovers: Vec<Leftover>,
@@ -155,6 +160,7 @@ impl<'a> Migration<'a> {
             downtime: Duration::ZERO,
             held: HoldReport::default(),
             dump: None,
+            paths: Vec::new(),
             bytes_sent: 0,
             bytes_frozen: 0,
             leftovers: Vec::new(),
@@ -247,6 +253,7 @@ impl<'a> Migration<'a> {
             bytes_sent: self.bytes_sent,
             bytes_frozen: self.bytes_frozen,
             flows: self.flows,
+            paths: self.paths,
             held: self.held,
             dump: self.dump,
             warnings: self.preflight.findings,

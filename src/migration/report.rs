@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::event::Phase;
+use super::path::Path;
 use crate::agent::protocol::MigrationId;
 use crate::conntrack::Flow;
 use crate::conntrack::hold::HoldReport;
@@ -37,6 +38,8 @@ pub struct Report {
     pub bytes_frozen: u64,
     /// The connections that went along.
     pub flows: Vec<Flow>,
+    /// What became of those that came through this host from elsewhere.
+    pub paths: Vec<Path>,
     /// What happened to the packets that arrived meanwhile.
     pub held: HoldReport,
     /// What CRIU says of the dump, where it said something.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use hyper::Method;
 use serde::de::DeserializeOwned;
 
-use super::effect::{Asked, Effect};
+use super::effect::{Asked, Effect, End};
 use super::event::{Event, Observer};
 use super::home::{flows, forget, mark_all, send_away};
 use super::hop::tunnels;
@@ -177,6 +177,17 @@ impl Hands {
             Effect::Network { name } => Ok(self.podman.remove_network(name).await.map(|_| ())?),
             Effect::Image { id } => Ok(self.podman.remove_image(id).await.map(|_| ())?),
             Effect::Flows { addresses, hop } => Ok(delete_flows(addresses, *hop).await?),
+            Effect::Path {
+                end,
+                addresses,
+                from,
+                to,
+            } => Ok(take_back(*end, addresses, *from, *to).await?),
+            Effect::PathAsked { peer, path } => {
+                let path = format!("/v1/paths/{path}/change");
+                let Nothing {} = ask(&self.config, peer, Method::DELETE, &path).await?;
+                Ok(())
+            }
             Effect::CameHome { addresses, hop } => Ok(send_away(addresses, *hop).await?),
             Effect::Restored {
                 container,
@@ -341,6 +352,20 @@ async fn clear_marks(addresses: &[IpAddr], hop: HopId) -> Result<()> {
     mark_all(cleared.collect()).await?;
     let table = Table::open(&Namespace::current()?)?;
     Ok(alias::forget_unused(&table.dump(Family::Both).await?)?)
+}
+
+/// Sends a container's flows by the hop again that they took before.
+async fn take_back(end: End, addresses: &[IpAddr], from: HopId, to: HopId) -> Result<()> {
+    let flows = flows(addresses).await?;
+    let marks = flows.iter().filter_map(|flow| match end {
+        End::Anchor if flow.goes_by() == Some(to) => {
+            let (mark, mask) = flow.steering(Some(from));
+            Some((flow.entry.original, mark, mask))
+        }
+        End::Container if flow.came_by() == Some(to) => Some(flow.answering(from)),
+        _ => None,
+    });
+    mark_all(marks.collect()).await
 }
 
 /// Deletes the flows that were inserted for a container that came, or was to come, through a hop.
