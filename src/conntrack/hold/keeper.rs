@@ -33,9 +33,9 @@ use crate::netlink::{Messages, Request, channel};
 const READ_AT_ONCE: usize = 1024;
 /// How many verdicts are sent at once: a message to the kernel is bounded by the send buffer.
 const VERDICTS_AT_ONCE: usize = 256;
-/// How many packets may come between two looks and still be let go at once at the end of a paced
-/// release. At a high rate there is no moment in which none come.
-const A_FEW: usize = 256;
+/// How often all there is is let go in the last message of a release. Each time takes care of what
+/// has come during the one before, which at any rate that the host can carry is less.
+const SWEEPS: usize = 16;
 /// If for so long datagrams that wait do not become fewer, their pace is given up.
 const PACED_FOR: Duration = Duration::from_secs(5);
 /// How long packets that come out of a hop are let in at a pace without a word that they were the
@@ -331,8 +331,14 @@ impl<'a> Keeper<'a> {
             if began.elapsed() >= UNFINISHED_FOR && self.hop_is_empty {
                 course.finished = true;
             }
-            while self.read()? == READ_AT_ONCE {
-                self.sort(course.to, course.pacer.is_paced())?;
+            // Where they come faster than they can be noted, this must not go on for ever.
+            let mut notices = 0;
+            while notices < self.spec.packets as usize {
+                let more = self.read()?;
+                notices += more;
+                if more < READ_AT_ONCE {
+                    break;
+                }
             }
             let quiet = course.abandoned || self.heard_of_hop.elapsed() >= QUIET;
             if !self.hop_is_empty && course.finished && self.paced.is_empty() && quiet {
@@ -349,14 +355,12 @@ impl<'a> Keeper<'a> {
 
             if self.paced.is_empty() {
                 (fewest, since) = (usize::MAX, Instant::now());
-                if self.read()? > A_FEW {
-                    continue;
-                }
+                // At a high rate there is no moment in which none come: a few go in the end without
+                // having been looked at.
                 if course.finished && self.last.is_empty() && self.hop_is_empty {
-                    self.sort(course.to, false)?;
                     break;
                 }
-                if !self.waiting.is_empty() {
+                if self.read()? > 0 {
                     continue;
                 }
                 // Nothing to do until something happens; a bound on time may be that.
@@ -388,7 +392,7 @@ impl<'a> Keeper<'a> {
     fn let_pass(&mut self) -> Result<()> {
         let ahead = self.last_id.wrapping_add(1 << 30);
         let all = || verdict(self.number, QUEUE_VERDICT_BATCH, NF_ACCEPT, ahead);
-        let mut last: Vec<Request> = std::iter::repeat_with(all).take(4).collect();
+        let mut last: Vec<Request> = std::iter::repeat_with(all).take(SWEEPS).collect();
         last.push(config(self.number, |body| {
             let fail_open = nfqa_cfg::F_FAIL_OPEN.to_be_bytes();
             body.leaf(nfqa_cfg::MASK, &fail_open)
