@@ -21,7 +21,8 @@ use super::protocol::{
 };
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
-use crate::conntrack::{Gate, Table, steer};
+use crate::conntrack::hold::{Hold, HoldSpec, Intake, Reserved, Side};
+use crate::conntrack::{self, Flow, Gate, Protocol, Table, steer};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
@@ -64,6 +65,8 @@ struct Session {
     flows: usize,
     /// Podman was asked to restore the container and has not answered.
     unsure: bool,
+    /// Where datagrams wait for the container, until the source has let go of all of them.
+    intake: Option<Intake>,
 }
 
 impl Sessions {
@@ -111,7 +114,7 @@ impl Sessions {
                     container.name
                 ));
             } else {
-                let leftovers = self.unwind(&journal, true).await;
+                let leftovers = self.unwind(&journal, true, None).await;
                 told.push(format!("migration {id} was interrupted and is undone"));
                 told.extend(
                     leftovers
@@ -139,8 +142,9 @@ impl Sessions {
     }
 
     /// Undoes what a journal names. `unsure`: Podman may still be at work on it.
-    async fn unwind(&self, journal: &Journal, unsure: bool) -> Vec<String> {
+    async fn unwind(&self, journal: &Journal, unsure: bool, hold: Option<Hold>) -> Vec<String> {
         let mut hands = Hands::new(self.config.clone(), self.podman.clone());
+        hands.hold = hold;
         hands.unsure = unsure;
         // Nothing that an incoming migration does is in doubt: there is nobody to ask.
         let leftovers = migration::unwind(&mut hands, journal, &mut |_event| {})
@@ -299,6 +303,7 @@ impl Sessions {
             heard_of: Instant::now(),
             flows: 0,
             unsure: false,
+            intake: None,
         }));
         let mut session = state.clone().lock_owned().await;
         self.sessions().insert(
@@ -445,19 +450,35 @@ impl Sessions {
         let container = session.offer.container.clone();
         let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
         let volumes: Vec<String> = container.volumes().map(str::to_owned).collect();
-        session.journal.will([
-            Effect::Flows {
-                addresses: container.addresses().collect(),
-                hop,
-            },
-            Effect::Restored {
-                container: container.id.clone(),
-                volumes,
-                ports: container.ports.clone(),
-            },
-        ])?;
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
         let (Flows { flows }, archive) = bundle::beheaded(content).await?;
+        let intake = hears_datagrams(&container, &flows)
+            .then(Reserved::first_free)
+            .transpose()?
+            .map(|reserved| {
+                let spec = HoldSpec {
+                    packets: self.config.hold_packets,
+                    bytes: self.config.hold_bytes,
+                    side: Side::Arriving { home: false },
+                    ..HoldSpec::new(reserved.queue(), container.addresses().collect())
+                };
+                (reserved, spec)
+            });
+        let mut effects = vec![Effect::Flows {
+            addresses: container.addresses().collect(),
+            hop,
+        }];
+        effects.extend(
+            intake
+                .iter()
+                .map(|(_, spec)| Effect::Hold { spec: spec.clone() }),
+        );
+        effects.push(Effect::Restored {
+            container: container.id.clone(),
+            volumes,
+            ports: container.ports.clone(),
+        });
+        session.journal.will(effects)?;
         let table = Table::open(&Namespace::current()?)?;
         let entries = flows.iter().map(|flow| flow.at_destination(hop)).collect();
         let mut inserted = 0;
@@ -474,7 +495,10 @@ impl Sessions {
         let archive = archive.inspect(move |_| {
             *end.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         });
-        let restored = self.podman.restore(archive, &options).await;
+        // Both run to their ends: what one of them has made is undone only when it is there.
+        let (restored, intake) =
+            futures::join!(self.podman.restore(archive, &options), start(intake));
+        session.intake = intake?;
         if let Err(error) = restored {
             session.unsure = !matches!(error, podman::Error::Refused { .. });
             let host = self.podman.host().await?;
@@ -491,6 +515,12 @@ impl Sessions {
             self.switch_on_loopback(&container.id).await?;
         }
         gate(&container).open().await?;
+        if let Some(intake) = &session.intake {
+            let pid = self.podman.inspect(container.id.as_str()).await?.pid;
+            intake.open(&Namespace::of_pid(
+                pid.ok_or(Error::OutOfOrder("process"))?,
+            )?);
+        }
         let restore = ended
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -517,6 +547,10 @@ impl Sessions {
             return Err(Error::OutOfOrder("running container"));
         }
         session.journal.commit()?;
+        if let Some(intake) = session.intake.take() {
+            let report = intake.finish().await?.clear().await?;
+            tracing::debug!(migration = %id, ?report, "what came for the container was let in");
+        }
         // A hop that no connection needs would only be in the way.
         if session.flows == 0 {
             migration::leave_hop(&self.config, id.as_str()).await?;
@@ -527,7 +561,8 @@ impl Sessions {
 
     /// Undoes everything. An error means that the container may still be here.
     async fn undo(&self, id: &MigrationId, session: &mut Session) -> Result<Undone, Error> {
-        let leftovers = self.unwind(&session.journal, session.unsure).await;
+        let hold = session.intake.take().map(Intake::into_hold);
+        let leftovers = self.unwind(&session.journal, session.unsure, hold).await;
         self.make_sure_it_is_gone(&session.journal, &leftovers)
             .await?;
         session.stage = Stage::Unknown;
@@ -545,7 +580,7 @@ impl Sessions {
                 leftovers: Vec::new(),
             });
         };
-        let leftovers = self.unwind(&journal, true).await;
+        let leftovers = self.unwind(&journal, true, None).await;
         self.make_sure_it_is_gone(&journal, &leftovers).await?;
         if leftovers.is_empty() {
             journal.close()?;
@@ -604,6 +639,21 @@ impl Handler for Sessions {
         request: Request<Body>,
     ) -> BoxFuture<'static, Reply> {
         self.answer(caller, request).boxed()
+    }
+}
+
+/// Whether datagrams may come for a container that is being restored. TCP needs no intake: what its
+/// sockets cannot take, their peers do not send.
+fn hears_datagrams(container: &Container, flows: &[Flow]) -> bool {
+    let udp = |flow: &Flow| matches!(flow.seen.protocol, Protocol::Udp { .. });
+    container.addresses().next().is_some()
+        && (flows.iter().any(udp) || container.ports.iter().any(|port| port.protocol == "udp"))
+}
+
+async fn start(intake: Option<(Reserved, HoldSpec)>) -> conntrack::Result<Option<Intake>> {
+    match intake {
+        Some((reserved, spec)) => Ok(Some(Intake::start(reserved, spec).await?)),
+        None => Ok(None),
     }
 }
 

@@ -111,9 +111,9 @@ impl Error {
             Error::QueueTaken { queue } => Some(format!(
                 "see who uses queue {queue} in /proc/net/netfilter/nfnetlink_queue"
             )),
-            Error::NoFreeQueue { .. } => Some(
-                "see who uses them in /proc/net/netfilter/nfnetlink_queue".to_owned(),
-            ),
+            Error::NoFreeQueue { .. } => {
+                Some("see who uses them in /proc/net/netfilter/nfnetlink_queue".to_owned())
+            }
             Error::NoQueue => Some(
                 "load the module: modprobe nft_queue (or modprobe nft_compat xt_NFQUEUE)"
                     .to_owned(),

@@ -100,7 +100,10 @@ impl Drainage {
     pub(super) async fn opening(&mut self) -> Result<()> {
         let began = Instant::now();
         let deadline = began + self.within / 2;
-        while self.look_at_connections()?.iter().any(|it| it.kind == Kind::Tcp)
+        while self
+            .look_at_connections()?
+            .iter()
+            .any(|it| it.kind == Kind::Tcp)
             && Instant::now() < deadline
         {
             tokio::time::sleep(LOOK).await;

@@ -54,7 +54,10 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     }
     // A container without an address has no packets.
     if let Some(hold) = migration.hands.hold.take() {
-        match hold.release(To::Destination, Pace::Rate(Rate::default())).await {
+        match hold
+            .release(To::Destination, Pace::Rate(Rate::default()))
+            .await
+        {
             // What is left to do is removing the rules, which the destination need not wait for.
             Ok(released) => migration.released = Some(released),
             Err(error) => migration.note("letting the packets go", Err(error.into())),

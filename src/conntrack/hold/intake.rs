@@ -47,12 +47,9 @@ impl Intake {
         self.hold.passed().await
     }
 
-    /// The container goes on at the source: what it has said here is dropped, everything else goes
-    /// on.
-    ///
-    /// # Errors
-    /// As [`Hold::release`].
-    pub async fn undo(self) -> Result<Released> {
-        self.hold.release(To::Source, Pace::Unpaced).await
+    /// The hold that this is, to be undone like any other: released to [`To::Source`], it drops what
+    /// the container has said here.
+    pub fn into_hold(self) -> Hold {
+        self.hold
     }
 }

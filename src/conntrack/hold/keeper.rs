@@ -24,9 +24,7 @@ use super::report::{HoldReport, To};
 use super::spec::{HoldSpec, Side};
 use crate::conntrack::Result;
 use crate::conntrack::ruleset::{self, Rules};
-use crate::conntrack::wire::{
-    NF_ACCEPT, NF_DROP, QUEUE_VERDICT, QUEUE_VERDICT_BATCH, nfqa_cfg,
-};
+use crate::conntrack::wire::{NF_ACCEPT, NF_DROP, QUEUE_VERDICT, QUEUE_VERDICT_BATCH, nfqa_cfg};
 use crate::netlink::{Messages, Request, channel};
 
 /// How many messages are read before orders are looked at.
@@ -375,7 +373,10 @@ impl<'a> Keeper<'a> {
                     (fewest, since) = (self.paced.len(), Instant::now());
                 }
                 if since.elapsed() >= PACED_FOR {
-                    tracing::warn!(waiting = self.paced.len(), "datagrams arrive as fast as they are let go: letting all go");
+                    tracing::warn!(
+                        waiting = self.paced.len(),
+                        "datagrams arrive as fast as they are let go: letting all go"
+                    );
                     self.report.gave_up_pace = true;
                     course.pacer = Pacer::Unpaced;
                 }
@@ -424,9 +425,10 @@ impl<'a> Keeper<'a> {
                 if self.paced.is_empty() && self.last.is_empty() {
                     run = Some(held.id);
                 } else {
-                    verdicts.extend(run.take().map(|id| {
-                        verdict(self.number, QUEUE_VERDICT_BATCH, NF_ACCEPT, id)
-                    }));
+                    verdicts.extend(
+                        run.take()
+                            .map(|id| verdict(self.number, QUEUE_VERDICT_BATCH, NF_ACCEPT, id)),
+                    );
                     verdicts.push(verdict(self.number, QUEUE_VERDICT, NF_ACCEPT, held.id));
                 }
                 self.report.released += 1;
@@ -450,7 +452,12 @@ impl<'a> Keeper<'a> {
                 .collect()
         } else {
             // Everything with a lower number has gone before, or goes with it.
-            vec![verdict(self.number, QUEUE_VERDICT_BATCH, NF_ACCEPT, newest.id)]
+            vec![verdict(
+                self.number,
+                QUEUE_VERDICT_BATCH,
+                NF_ACCEPT,
+                newest.id,
+            )]
         };
         self.send_all(verdicts)?;
         self.report.released += gone.len() as u64;
@@ -479,12 +486,7 @@ impl<'a> Keeper<'a> {
     /// Once no rule leads to the queue any more: counts what went by unread, and unbinds.
     fn finish(&mut self) -> Result<()> {
         let ahead = self.last_id.wrapping_add(1 << 30);
-        self.send([verdict(
-            self.number,
-            QUEUE_VERDICT_BATCH,
-            NF_ACCEPT,
-            ahead,
-        )])?;
+        self.send([verdict(self.number, QUEUE_VERDICT_BATCH, NF_ACCEPT, ahead)])?;
         while self.read()? == READ_AT_ONCE {}
         let now = Instant::now();
         for held in std::mem::take(&mut self.waiting) {

@@ -14,9 +14,9 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::keeper::Held;
+use crate::conntrack::Result;
 use crate::netlink::Namespace;
 use crate::netlink::sockets::{Diagnosis, Kind, Socket, StateSet};
-use crate::conntrack::Result;
 
 /// How fast held datagrams are let go. Everything else goes at once.
 #[derive(Debug, Clone, Default)]
