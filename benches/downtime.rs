@@ -17,12 +17,13 @@
 
 #[path = "../tests/lab/mod.rs"]
 mod lab;
+mod record;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use lab::{Lab, Output, Process};
+use record::{Figures, number};
 use serde_json::{Value, json};
 
 const WORKLOAD: &str = "echo";
@@ -48,17 +49,14 @@ impl Engine {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    // `cargo test --all-targets` starts this as well, without the flag that `cargo bench` gives.
-    if !std::env::args().any(|argument| argument == "--bench") {
+    if !record::wanted() {
         return ExitCode::SUCCESS;
     }
-    let count: usize = std::env::var("LIVEMIG_BENCH_RUNS").map_or(10, |text| {
-        text.parse().expect("LIVEMIG_BENCH_RUNS is a number")
-    });
-    let asked = std::env::var("LIVEMIG_BENCH_ENGINES").unwrap_or_else(|_| "naive,rest".to_owned());
+    let count: usize = record::setting("LIVEMIG_BENCH_RUNS", 10);
+    let asked = record::choice("LIVEMIG_BENCH_ENGINES", "naive,rest");
     let engines: Vec<Engine> = [Engine::Naive, Engine::Rest]
         .into_iter()
-        .filter(|engine| asked.split(',').any(|name| name == engine.name()))
+        .filter(|engine| asked.iter().any(|name| name == engine.name()))
         .collect();
 
     let mut results: Vec<(Engine, Vec<Value>)> =
@@ -115,7 +113,8 @@ async fn main() -> ExitCode {
         }));
     }
     floor(&results);
-    write(&items);
+    println!();
+    record::write_json("downtime.json", &json!(items));
 
     let mut passed = survived;
     if !survived {
@@ -273,59 +272,4 @@ fn floor(results: &[(Engine, Vec<Value>)]) {
         of("criu_frozen_ms"),
         of("criu_restore_ms"),
     );
-}
-
-fn write(items: &[Value]) {
-    let path = PathBuf::from(concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/target/bench/downtime.json"
-    ));
-    std::fs::create_dir_all(path.parent().expect("a file's path has a parent"))
-        .and_then(|()| std::fs::write(&path, format!("{:#}\n", json!(items))))
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    println!("\nall runs: target/bench/downtime.json");
-}
-
-fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or(f64::NAN)
-}
-
-/// Median, least and most of a figure of several runs.
-#[derive(Debug, Clone, Copy)]
-struct Figures {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Figures {
-    fn of(runs: &[Value], key: &str) -> Figures {
-        let mut values: Vec<f64> = runs.iter().map(|run| number(&run[key])).collect();
-        values.sort_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-        let middle = values.len() / 2;
-        let median = if values.len() % 2 == 1 {
-            at(middle)
-        } else {
-            f64::midpoint(at(middle.wrapping_sub(1)), at(middle))
-        };
-        Figures {
-            median,
-            min: at(0),
-            max: at(values.len().wrapping_sub(1)),
-        }
-    }
-
-    fn json(self) -> Value {
-        json!({ "median": self.median, "min": self.min, "max": self.max })
-    }
-}
-
-impl std::fmt::Display for Figures {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(&format!(
-            "{:.1} [{:.1} {:.1}]",
-            self.median, self.min, self.max
-        ))
-    }
 }

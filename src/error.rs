@@ -126,6 +126,29 @@ pub enum Error {
         /// What it says.
         source: agent::Error,
     },
+    /// The host may not have containers of this one.
+    #[error("{0} may not receive containers from this host")]
+    MayNotReceive(agent::PeerName),
+    /// Connections take the longer way, because its ends do not know each other.
+    #[error("{host} is not known here, and {introducer} may not introduce it")]
+    NotIntroduced {
+        /// Who is not known.
+        host: String,
+        /// Who spoke of it.
+        introducer: String,
+    },
+    /// There is no tunnel to a host that speaks of connections through one.
+    #[error("there is no hop to {0}")]
+    NoHop(String),
+    /// More paths are about to change than this host keeps in mind.
+    #[error("{limit} paths are about to change already")]
+    TooManyPaths {
+        /// How many may be.
+        limit: usize,
+    },
+    /// A path could not be taken back.
+    #[error("the path is between two states: {0}")]
+    PathLeft(String),
     /// A phase was run without what an earlier one has to leave it.
     #[error("the {0} is missing: phases ran out of order")]
     OutOfOrder(&'static str),
@@ -198,6 +221,10 @@ impl Error {
             | Error::NoAddress(_)
             | Error::NoContainer(_)
             | Error::Refused { .. }
+            | Error::NotIntroduced { .. }
+            | Error::MayNotReceive(_)
+            | Error::NoHop(_)
+            | Error::TooManyPaths { .. }
             | Error::Busy { .. } => Class::Refused,
             Error::NotRehearsable(_) => Class::Usage,
             Error::Podman(podman::Error::Connect { .. } | podman::Error::Name { .. }) => {
@@ -228,6 +255,10 @@ impl Error {
             Error::NoPodman(_) | Error::Podman(podman::Error::Connect { .. }) => "no-podman",
             Error::NoContainer(_) => "no-such-container",
             Error::Refused { .. } => "refused",
+            Error::NotIntroduced { .. } => "not-introduced",
+            Error::MayNotReceive(_) => "may-not-receive",
+            Error::NoHop(_) => "no-hop",
+            Error::TooManyPaths { .. } => "too-many-paths",
             Error::Busy { .. } => "busy",
             Error::Interrupted(_) => "interrupted",
             Error::Rehearsed(_) => "rehearsed",
@@ -262,6 +293,13 @@ impl Error {
             Error::NotRoot => Some("run it again with sudo".to_owned()),
             Error::NoAddress(name) => Some(format!(
                 "run `livemig invite` on {name} and `livemig join TOKEN` here"
+            )),
+            Error::MayNotReceive(name) => {
+                Some(format!("allow it: livemig allow {name} send receive"))
+            }
+            Error::NotIntroduced { host, introducer } => Some(format!(
+                "allow it (livemig allow {introducer} send receive introduce), or make {host} known \
+                 (livemig invite, livemig join)"
             )),
             Error::NoPodman(_) => Some("start it: systemctl enable --now podman.socket".to_owned()),
             Error::Refused { findings, .. } => {

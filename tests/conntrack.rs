@@ -532,6 +532,92 @@ fn udp_flows_go_on_at_the_other_host_in_every_direction() {
 }
 
 #[test]
+fn an_admitted_containers_flows_come_out_of_another_hop_too() {
+    for (inside, published, client_address) in [
+        ("10.88.0.5", "192.0.2.1:8080", "192.0.2.2"),
+        ("fd00:88::5", "[2001:db8::1]:8080", "2001:db8::2"),
+    ] {
+        let net = Net::new();
+        let at = |ip: &str, port: u16| SocketAddr::new(address(ip), port).to_string();
+        let server = udp(&net.container, &at(inside, 80));
+        let client = udp(&net.client, &at(client_address, 5000));
+        let one_way = udp(&net.client, &at(client_address, 5001));
+        let stranger = udp(&net.client, &at(client_address, 5002));
+        let mut buffer = [0; 64];
+        client.send_to(b"one", published).unwrap();
+        let (_, peer) = server.recv_from(&mut buffer).unwrap();
+        server.send_to(b"two", peer).unwrap();
+        client.recv_from(&mut buffer).unwrap();
+        one_way.send_to(b"one", published).unwrap();
+        server.recv_from(&mut buffer).unwrap();
+
+        within(&net.host, async || steer::install(hop(3)).await.unwrap());
+        within(&net.other, async || {
+            steer::install(hop(1)).await.unwrap();
+            steer::install(hop(2)).await.unwrap();
+            hand_over(&net, inside).await;
+            // At the other host the flows' way back is hop 2: what comes out of hop 1 is not theirs.
+            let there = Table::open(&net.other).unwrap();
+            for entry in there.dump_container(address(inside)).await.unwrap() {
+                let (mark, mask) = (Mark::to(Direction::Reply, hop(2)), Mark::MASK);
+                there.set_mark(&entry.original, mark, mask).await.unwrap();
+            }
+            // A packet of a flow that was not handed over takes the hop all the same.
+            stranger.send_to(b"0", published).unwrap();
+            let here = Table::open(&net.host).unwrap();
+            until("the stranger is known", || {
+                net.at("host", "cat /proc/net/nf_conntrack")
+                    .contains("sport=5002")
+            });
+            for entry in here.dump_container(address(inside)).await.unwrap() {
+                let (mark, mask) = (Mark::to(Direction::Original, hop(3)), Mark::MASK);
+                here.set_mark(&entry.original, mark, mask).await.unwrap();
+            }
+            let copy = udp(&net.copy, &at(inside, 80));
+            let admitted = [address(inside)];
+            let arrives = |words: &[u8]| {
+                let there = net.received("other", "livemig1");
+                for sender in [&stranger, &client, &one_way] {
+                    sender.send_to(words, published).unwrap();
+                }
+                until("all of them come out of the hop", || {
+                    net.received("other", "livemig1") >= there + 3
+                });
+                let mut senders = Vec::new();
+                let wait = |socket: &UdpSocket| {
+                    socket
+                        .set_read_timeout(Some(Duration::from_millis(100)))
+                        .unwrap();
+                };
+                wait(&copy);
+                let mut buffer = [0; 64];
+                while let Ok((length, from)) = copy.recv_from(&mut buffer) {
+                    assert_eq!(&buffer[..length], words);
+                    senders.push(from.port());
+                }
+                senders
+            };
+            assert_eq!(arrives(b"too early"), [0u16; 0]);
+            steer::admit(hop(1), &admitted).unwrap();
+            steer::admit(hop(1), &admitted).unwrap();
+            assert_eq!(arrives(b"admitted"), [5000, 5001]);
+            steer::install(hop(1)).await.unwrap();
+            assert_eq!(arrives(b"still admitted"), [5000, 5001]);
+            steer::dismiss(hop(1), &admitted).unwrap();
+            steer::dismiss(hop(1), &admitted).unwrap();
+            assert_eq!(arrives(b"too late"), [0u16; 0]);
+            // What is admitted goes with the hop.
+            steer::admit(hop(1), &admitted).unwrap();
+            steer::remove(hop(1)).await.unwrap();
+            steer::dismiss(hop(1), &admitted).unwrap();
+            assert!(steer::admit(hop(1), &admitted).is_err());
+            steer::install(hop(1)).await.unwrap();
+            assert_eq!(arrives(b"not any more"), [0u16; 0]);
+        });
+    }
+}
+
+#[test]
 fn a_binding_survives_everything_that_podman_does_when_the_container_is_removed() {
     let net = Net::new();
     let server = udp(&net.container, "10.88.0.5:80");

@@ -32,6 +32,7 @@ mod error;
 mod identity;
 mod invite;
 mod limits;
+mod paths;
 mod peer;
 pub mod protocol;
 mod server;
@@ -49,7 +50,7 @@ pub use error::{Error, Refusal, Result};
 pub use identity::{Fingerprint, Identity};
 pub use invite::{Invites, Offer, Secret, Token, TokenError};
 pub use limits::Limits;
-pub use peer::{Address, Peer, PeerName, Peers, Permission};
+pub use peer::{Address, Peer, PeerName, Peers, Permission, UnknownPermission};
 pub use server::{Caller, Counters, Handler, Reply, ReplyBody, Server, Trust, reply};
 pub use wire::Body;
 

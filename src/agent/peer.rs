@@ -200,6 +200,8 @@ pub enum Permission {
     Send,
     /// It may receive containers from this host.
     Receive,
+    /// It may introduce hosts to this one, for paths only: they may neither send nor receive.
+    Introduce,
 }
 
 impl fmt::Display for Permission {
@@ -207,7 +209,24 @@ impl fmt::Display for Permission {
         f.write_str(match self {
             Permission::Send => "send",
             Permission::Receive => "receive",
+            Permission::Introduce => "introduce",
         })
+    }
+}
+
+/// The name is not one of something that a peer may do.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("`{0}` is none of send, receive and introduce")]
+pub struct UnknownPermission(String);
+
+impl FromStr for Permission {
+    type Err = UnknownPermission;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPermission> {
+        [Permission::Send, Permission::Receive, Permission::Introduce]
+            .into_iter()
+            .find(|permission| permission.to_string() == name)
+            .ok_or_else(|| UnknownPermission(name.to_owned()))
     }
 }
 

@@ -11,10 +11,14 @@
 //!    │  PUT  /v1/migrations/ID/image   bytes ──────────▶  only if it lacks the image
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │              ── hold, freeze: the downtime begins ──
+//!    │  POST /v1/migrations/ID/hold    ────────────────▶  only if the container comes home: what
+//!    │  ◀───────────────────────────────────── Nothing    comes for it waits there, not here
 //!    │  POST /v1/migrations/ID/restore                    flows inserted, container restored
 //!    │       Flows, then the container as it is dumped ▶
 //!    │  ◀───────────────────────────────────── Running    the one round trip of the downtime
 //!    │              ── release: the downtime ends ──
+//!    │  POST /v1/migrations/ID/release ────────────────▶  what waited there goes to the container
+//!    │  ◀───────────────────────────────────── Nothing
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
 //!    │  ◀───────────────────────────────────── Nothing
 //!
@@ -36,12 +40,14 @@
 //!                 DELETE, or (before `running`) the source stays silent
 //! ```
 
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::conntrack::Flow;
+use super::{Address, Fingerprint, PeerName};
+use crate::conntrack::{Flow, Tuple};
 use crate::criu::{Features, Finding};
 use crate::podman::{Container, HostInfo, Network};
 use crate::tunnel;
@@ -115,6 +121,10 @@ impl std::fmt::Display for MigrationId {
     }
 }
 
+/// The number of one change of a path, the same on all hosts that have a part in it: of the same kind
+/// as those of migrations, and so hard to guess that knowing it shows who was told.
+pub type PathId = MigrationId;
+
 /// A container that would like to come.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Offer {
@@ -155,6 +165,9 @@ pub struct Prepare {
 pub struct Prepared {
     /// The destination's end of the hop.
     pub hop: tunnel::Proposal,
+    /// Whether connections of the container began there, or came through there: it comes home.
+    #[serde(default)]
+    pub home: bool,
 }
 
 /// The first frame of a restore: what has to be known before the container runs.
@@ -170,6 +183,82 @@ pub struct Running {
     /// From the last byte received to the container running.
     pub restore: Duration,
     /// How many flows were inserted.
+    pub flows: usize,
+    /// Which of the flows were known there and end there again, by their places in the list.
+    #[serde(default)]
+    pub home: Vec<usize>,
+}
+
+/// A host, as another one knows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Introduction {
+    /// What the other one calls it.
+    pub name: PeerName,
+    /// Its key.
+    pub fingerprint: Fingerprint,
+    /// Where its agent listens.
+    pub address: Address,
+}
+
+/// An anchor will come for connections that it has sent through the host that says so.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Expect {
+    /// The container's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The anchor.
+    pub anchor: Introduction,
+}
+
+/// The container whose connections you send through me has moved on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Shorten {
+    /// The container's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Where it is now.
+    pub to: Introduction,
+}
+
+/// Connections take the direct way.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Shortened {
+    /// How many.
+    pub flows: usize,
+}
+
+/// Connections that came to me by way of you have gone home, and will not again.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Forget {
+    /// The container's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The connections, as the container sees them.
+    pub flows: Vec<Tuple>,
+}
+
+/// A hop for a path.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Open {
+    /// The anchor's end.
+    pub hop: tunnel::Proposal,
+}
+
+/// Its other end.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Opened {
+    /// The end at the host of the container.
+    pub hop: tunnel::Proposal,
+}
+
+/// Send the answers on these connections straight to me.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Switch {
+    /// The connections, as the container sees them.
+    pub flows: Vec<Tuple>,
+}
+
+/// They go there.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Switched {
+    /// How many of them there were.
     pub flows: usize,
 }
 

@@ -15,14 +15,15 @@ use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
 use tokio_util::io::{ReaderStream, StreamReader};
 
+use super::paths::Paths;
 use super::protocol::{
     Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
     Status, Undone,
 };
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
-use crate::conntrack::hold::{Hold, HoldSpec, Intake, Reserved, Side};
-use crate::conntrack::{self, Flow, Gate, Protocol, Table, steer};
+use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
+use crate::conntrack::{self, Flow, Gate, Protocol, Table};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
@@ -44,6 +45,7 @@ pub struct Sessions {
     config: Config,
     podman: Client,
     open: Mutex<HashMap<MigrationId, Shared>>,
+    paths: Paths,
 }
 
 /// A migration and whose it is. One request at a time works on it.
@@ -63,10 +65,14 @@ struct Session {
     heard_of: Instant,
     /// How many flows came along.
     flows: usize,
-    /// Podman was asked to restore the container and has not answered.
-    unsure: bool,
+    /// The hop by which connections of this container left this host: it comes home.
+    away: Option<HopId>,
+    /// What keeps their packets until the source lets go.
+    hold: Option<Hold>,
     /// Where datagrams wait for the container, until the source has let go of all of them.
     intake: Option<Intake>,
+    /// Podman was asked to restore the container and has not answered.
+    unsure: bool,
 }
 
 impl Sessions {
@@ -74,6 +80,7 @@ impl Sessions {
     pub fn new(config: Config) -> Sessions {
         let podman = Client::new(&config.podman_socket);
         Sessions {
+            paths: Paths::new(config.clone(), podman.clone()),
             config,
             podman,
             open: Mutex::default(),
@@ -114,7 +121,7 @@ impl Sessions {
                     container.name
                 ));
             } else {
-                let leftovers = self.unwind(&journal, true, None).await;
+                let leftovers = self.unwind(&journal, Vec::new(), true).await;
                 told.push(format!("migration {id} was interrupted and is undone"));
                 told.extend(
                     leftovers
@@ -142,9 +149,9 @@ impl Sessions {
     }
 
     /// Undoes what a journal names. `unsure`: Podman may still be at work on it.
-    async fn unwind(&self, journal: &Journal, unsure: bool, hold: Option<Hold>) -> Vec<String> {
+    async fn unwind(&self, journal: &Journal, holds: Vec<Hold>, unsure: bool) -> Vec<String> {
         let mut hands = Hands::new(self.config.clone(), self.podman.clone());
-        hands.hold = hold;
+        hands.holds = holds;
         hands.unsure = unsure;
         // Nothing that an incoming migration does is in doubt: there is nobody to ask.
         let leftovers = migration::unwind(&mut hands, journal, &mut |_event| {})
@@ -180,6 +187,7 @@ impl Sessions {
             if let Err(error) = migration::leave_idle_hops(&self.config).await {
                 tracing::warn!(%error, "hops that nobody uses could not be removed");
             }
+            self.paths.look_after().await;
             let open: Vec<(MigrationId, Shared)> = self
                 .sessions()
                 .iter()
@@ -207,6 +215,12 @@ impl Sessions {
 
     async fn answer(self: Arc<Self>, caller: Caller, request: Request<Body>) -> Reply {
         let (head, body) = request.into_parts();
+        let path = head.uri.path().to_owned();
+        let path: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+        if let ["v1", "paths", id, verb] = path.as_slice() {
+            let request = Request::from_parts(head, body);
+            return self.paths.answer(&caller, id, verb, request).await;
+        }
         if !caller.peer.may(Permission::Send) {
             return Err(Refusal::new(
                 StatusCode::FORBIDDEN,
@@ -214,7 +228,6 @@ impl Sessions {
                 format!("{} may not send containers to this host", caller.peer.name),
             ));
         }
-        let path: Vec<&str> = head.uri.path().trim_start_matches('/').split('/').collect();
         match (&head.method, path.as_slice()) {
             (&Method::POST, ["v1", "assess"]) => {
                 let offer: Offer = body.json().await?;
@@ -237,6 +250,14 @@ impl Sessions {
                 let loaded = self.load_image(&mut session, body).await;
                 session.heard_of = Instant::now();
                 said(loaded)
+            }
+            (&Method::POST, ["v1", "migrations", id, "hold"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                said(self.hold(&mut *session.lock().await).await)
+            }
+            (&Method::POST, ["v1", "migrations", id, "release"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                said(self.release(&mut *session.lock().await).await)
             }
             (&Method::POST, ["v1", "migrations", id, "restore"]) => {
                 let (id, session) = self.find(&caller, id)?;
@@ -302,8 +323,10 @@ impl Sessions {
             journal,
             heard_of: Instant::now(),
             flows: 0,
-            unsure: false,
+            away: None,
+            hold: None,
             intake: None,
+            unsure: false,
         }));
         let mut session = state.clone().lock_owned().await;
         self.sessions().insert(
@@ -347,19 +370,16 @@ impl Sessions {
                 self.podman.create_network(network).await?;
             }
         }
-        let tunnels = migration::tunnels(&self.config);
         session.journal.will([Effect::Hop {
             user: id.as_str().to_owned(),
         }])?;
-        let (hop, _) = tunnels.acquire(&caller.peer.fingerprint.to_string(), id.as_str())?;
-        let hop = hop.spec.hop;
-        let own = tunnels
-            .open(hop, migration::mtu(&session.offer.networks))
-            .await?;
-        // The guard first: from the moment the peer is let in, packets can come.
-        steer::install(hop).await?;
-        tunnels.connect(hop, theirs, caller.remote.ip()).await?;
-        session.hop = Some(hop);
+        let mtu = migration::mtu(&session.offer.networks);
+        let peer = &caller.peer.fingerprint;
+        let own = migration::open_hop(&self.config, peer, id.as_str(), mtu).await?;
+        migration::connect_hop(&self.config, own.hop, theirs, caller.remote.ip()).await?;
+        session.hop = Some(own.hop);
+        let addresses: Vec<_> = session.offer.container.addresses().collect();
+        session.away = migration::came_from_here(&addresses).await?;
         let gate = gate(&session.offer.container);
         if !gate.addresses.is_empty() {
             session
@@ -367,17 +387,65 @@ impl Sessions {
                 .will([Effect::Closed { gate: gate.clone() }])?;
             gate.close().await?;
         }
-        Ok(Prepared { hop: own })
+        Ok(Prepared {
+            hop: own.proposal,
+            home: session.away.is_some(),
+        })
+    }
+
+    /// Holds what comes for the container on connections that began here.
+    async fn hold(&self, session: &mut Session) -> Result<Nothing, Error> {
+        if session.stage != Stage::Prepared || session.hold.is_some() {
+            return Err(Error::OutOfOrder("preparation"));
+        }
+        let addresses = session.offer.container.addresses().collect();
+        let reserved = Reserved::first_free()?;
+        let spec = HoldSpec {
+            side: Side::Home,
+            ..HoldSpec::new(reserved.queue(), addresses)
+        };
+        session
+            .journal
+            .will([Effect::Hold { spec: spec.clone() }])?;
+        let mut hold = reserved.prepare(spec).await?;
+        hold.hold_all()?;
+        session.hold = Some(hold);
+        Ok(Nothing {})
+    }
+
+    /// Lets go what was held: the source has let go of its own.
+    async fn release(&self, session: &mut Session) -> Result<Nothing, Error> {
+        if session.stage != Stage::Running {
+            return Err(Error::OutOfOrder("running container"));
+        }
+        if let Some(hold) = session.hold.take() {
+            let pid = self.podman.inspect(session.offer.container.id.as_str());
+            let pid = pid.await?.pid.ok_or(Error::OutOfOrder("process"))?;
+            let pace = Pace::Sockets(Namespace::of_pid(pid)?);
+            // The source does not wait until the last of many datagrams has been read.
+            tokio::spawn(async move {
+                let released = hold.release(To::Destination, pace).await;
+                let cleared = match released {
+                    Ok(released) => released.clear().await,
+                    Err(error) => Err(error),
+                };
+                match cleared {
+                    Ok(report) => {
+                        tracing::debug!(?report, "what waited for a container that came home")
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "packets that waited here were not let go")
+                    }
+                }
+            });
+        }
+        Ok(Nothing {})
     }
 
     /// Makes sure that packets of full size come through the hop, and sends some back.
     async fn probe(&self, session: &Session) -> Result<Nothing, Error> {
         let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
-        let tunnels = migration::tunnels(&self.config);
-        tunnels
-            .verify_full_size(hop, self.config.handshake_timeout)
-            .await?;
-        tunnels.verify(hop, self.config.handshake_timeout).await?;
+        migration::answer_verify(&self.config, hop).await?;
         Ok(Nothing {})
     }
 
@@ -450,6 +518,11 @@ impl Sessions {
         let container = session.offer.container.clone();
         let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
         let volumes: Vec<String> = container.volumes().map(str::to_owned).collect();
+        let addresses: Vec<_> = container.addresses().collect();
+        let came_home = session.away.map(|hop| Effect::CameHome {
+            addresses: addresses.clone(),
+            hop,
+        });
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
         let (Flows { flows }, archive) = bundle::beheaded(content).await?;
         let intake = hears_datagrams(&container, &flows)
@@ -459,15 +532,16 @@ impl Sessions {
                 let spec = HoldSpec {
                     packets: self.config.hold_packets,
                     bytes: self.config.hold_bytes,
-                    side: Side::Arriving { home: false },
-                    ..HoldSpec::new(reserved.queue(), container.addresses().collect())
+                    side: Side::Arriving,
+                    ..HoldSpec::new(reserved.queue(), addresses.clone())
                 };
                 (reserved, spec)
             });
-        let mut effects = vec![Effect::Flows {
-            addresses: container.addresses().collect(),
+        let mut effects: Vec<Effect> = came_home.into_iter().collect();
+        effects.push(Effect::Flows {
+            addresses: addresses.clone(),
             hop,
-        }];
+        });
         effects.extend(
             intake
                 .iter()
@@ -479,8 +553,17 @@ impl Sessions {
             ports: container.ports.clone(),
         });
         session.journal.will(effects)?;
+        let home = match session.away {
+            Some(_) => migration::welcome(&addresses, &flows).await?,
+            None => Vec::new(),
+        };
         let table = Table::open(&Namespace::current()?)?;
-        let entries = flows.iter().map(|flow| flow.at_destination(hop)).collect();
+        let arriving = flows.iter().enumerate();
+        let entries = arriving
+            // In order, as they were found.
+            .filter(|(place, _)| home.binary_search(place).is_err())
+            .map(|(_, flow)| flow.at_destination(hop))
+            .collect();
         let mut inserted = 0;
         for result in table.insert_all(entries).await? {
             result?;
@@ -517,9 +600,7 @@ impl Sessions {
         gate(&container).open().await?;
         if let Some(intake) = &session.intake {
             let pid = self.podman.inspect(container.id.as_str()).await?.pid;
-            intake.open(&Namespace::of_pid(
-                pid.ok_or(Error::OutOfOrder("process"))?,
-            )?);
+            intake.open(&Namespace::of_pid(pid.ok_or(Error::OutOfOrder("process"))?)?);
         }
         let restore = ended
             .lock()
@@ -528,6 +609,7 @@ impl Sessions {
         Ok(Running {
             restore,
             flows: inserted,
+            home,
         })
     }
 
@@ -547,22 +629,30 @@ impl Sessions {
             return Err(Error::OutOfOrder("running container"));
         }
         session.journal.commit()?;
+        // The source may not have been able to say so.
+        self.release(session).await?;
         if let Some(intake) = session.intake.take() {
             let report = intake.finish().await?.clear().await?;
             tracing::debug!(migration = %id, ?report, "what came for the container was let in");
         }
-        // A hop that no connection needs would only be in the way.
-        if session.flows == 0 {
-            migration::leave_hop(&self.config, id.as_str()).await?;
-        }
         self.close(id, session)?;
+        // Hops that no connection needs would only be in the way. The source does not wait for that.
+        let config = self.config.clone();
+        tokio::spawn(async move {
+            if let Err(error) = migration::leave_idle_hops(&config).await {
+                tracing::warn!(%error, "hops that nobody uses could not be removed");
+            }
+        });
         Ok(Nothing {})
     }
 
     /// Undoes everything. An error means that the container may still be here.
     async fn undo(&self, id: &MigrationId, session: &mut Session) -> Result<Undone, Error> {
-        let hold = session.intake.take().map(Intake::into_hold);
-        let leftovers = self.unwind(&session.journal, session.unsure, hold).await;
+        let holds = session.hold.take().into_iter();
+        let holds = holds.chain(session.intake.take().map(Intake::into_hold));
+        let leftovers = self
+            .unwind(&session.journal, holds.collect(), session.unsure)
+            .await;
         self.make_sure_it_is_gone(&session.journal, &leftovers)
             .await?;
         session.stage = Stage::Unknown;
@@ -580,7 +670,7 @@ impl Sessions {
                 leftovers: Vec::new(),
             });
         };
-        let leftovers = self.unwind(&journal, true, None).await;
+        let leftovers = self.unwind(&journal, Vec::new(), true).await;
         self.make_sure_it_is_gone(&journal, &leftovers).await?;
         if leftovers.is_empty() {
             journal.close()?;
@@ -665,13 +755,13 @@ fn gate(container: &Container) -> Gate {
     }
 }
 
-fn number(text: &str) -> Result<MigrationId, Refusal> {
+pub(super) fn number(text: &str) -> Result<MigrationId, Refusal> {
     text.parse()
         .map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, "bad-request", format!("{error}")))
 }
 
 /// An answer, or the refusal that an error is.
-fn said<T: Serialize>(result: Result<T, Error>) -> Reply {
+pub(super) fn said<T: Serialize>(result: Result<T, Error>) -> Reply {
     match result {
         Ok(answer) => reply::json(&answer),
         Err(error) => {

@@ -113,6 +113,16 @@ impl Flow {
         }
     }
 
+    /// The hop by which it came to this host; none if it began here.
+    pub fn came_by(&self) -> Option<HopId> {
+        self.entry.mark.hop(self.towards_container().opposite())
+    }
+
+    /// The hop by which it goes on to the container; none if that is on this host.
+    pub fn goes_by(&self) -> Option<HopId> {
+        self.entry.mark.hop(self.towards_container())
+    }
+
     /// The bits that send its packets to the container through a hop, and the bits to change, for
     /// the entry of the host that the container leaves. Without a hop: that take it back home.
     ///
@@ -124,6 +134,13 @@ impl Flow {
             hop.map_or(Mark::NONE, |hop| Mark::to(direction, hop)),
             Mark::mask(direction),
         )
+    }
+
+    /// What marks its entry at the container's host so that the container's packets go by another
+    /// hop: the entry, the bits and which of them to change.
+    pub fn answering(&self, hop: HopId) -> (Tuple, Mark, Mark) {
+        let back = self.towards_container().opposite();
+        (self.entry.original, Mark::to(back, hop), Mark::mask(back))
     }
 
     /// The entry that the destination's kernel has to know before the container runs there, where

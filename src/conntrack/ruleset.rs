@@ -273,6 +273,18 @@ impl Rules {
         }
     }
 
+    /// Changes the table in one transaction, without another start of nft.
+    pub(super) fn change(
+        &mut self,
+        doing: &'static str,
+        changes: Vec<Request>,
+    ) -> netlink::Result<()> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.commit(doing, None, changes)
+    }
+
     /// Appends a rule to `chain` that jumps to another, without another start of nft.
     pub(super) fn add_jump(&mut self, doing: &'static str, chain: &str, to: &str) -> Result<()> {
         Ok(self.commit(doing, None, vec![expression_rule(chain, &jump(to))])?)
@@ -317,6 +329,17 @@ impl Rules {
         belongs: &[String],
         before: impl Fn() -> Vec<Request>,
     ) -> Result<()> {
+        self.remove_between(doing, belongs, before, Vec::new)
+    }
+
+    /// The same, with changes that have to come last: of what the chains' rules referred to.
+    pub(super) fn remove_between(
+        &mut self,
+        doing: &'static str,
+        belongs: &[String],
+        before: impl Fn() -> Vec<Request>,
+        after: impl Fn() -> Vec<Request>,
+    ) -> Result<()> {
         for _ in 0..REMOVAL_TRIES {
             let generation = self.generation()?;
             let present = self.chains()?;
@@ -337,6 +360,7 @@ impl Rules {
                     .text(nft::CHAIN_NAME, chain);
                 changes.push(Request::new(nft::DELCHAIN, body));
             }
+            changes.extend(after());
             match self.commit(doing, Some(generation), changes) {
                 // Somebody has changed the rules since they were looked at.
                 Err(e) if is_restart(&e) => {}
@@ -487,25 +511,34 @@ fn xtables_queue(queue: u16) -> Body {
     body
 }
 
-/// A request that removes an element of a map, by its key as the kernel has it.
-pub(super) fn delete_element(map: &str, key: &[u8]) -> Request {
-    /// `NFT_MSG_DELSETELEM` and the attributes of `enum nft_set_elem_list_attributes`,
-    /// `enum nft_set_elem_attributes` and `enum nft_data_attributes`.
-    const DELSETELEM: u16 = wire::NFTABLES | 14;
-    const LIST_TABLE: u16 = 1;
-    const LIST_SET: u16 = 2;
-    const LIST_ELEMENTS: u16 = 3;
-    const ELEM_KEY: u16 = 1;
-    const DATA_VALUE: u16 = 1;
+/// A request that removes an element of a set or a map, by its key as the kernel has it.
+pub(super) fn delete_element(set: &str, key: &[u8]) -> Request {
+    Request::new(nft::DELSETELEM, element(set, key))
+}
+
+/// A request that adds an element to a set, by its key as the kernel has it. It is no error if it
+/// is there.
+pub(super) fn add_element(set: &str, key: &[u8]) -> Request {
+    Request::new(nft::NEWSETELEM, element(set, key)).with(NlmF::CREATE)
+}
+
+fn element(set: &str, key: &[u8]) -> Body {
     let mut body = Body::netfilter(NFPROTO_INET, 0);
-    body.text(LIST_TABLE, TABLE)
-        .text(LIST_SET, map)
-        .nest(LIST_ELEMENTS, |list| {
+    body.text(nft::ELEMENTS_TABLE, TABLE)
+        .text(nft::ELEMENTS_SET, set)
+        .nest(nft::ELEMENTS, |list| {
             list.nest(nft::LIST_ELEM, |element| {
-                element.nest(ELEM_KEY, |data| {
-                    data.leaf(DATA_VALUE, key);
+                element.nest(nft::ELEMENT_KEY, |data| {
+                    data.leaf(nft::DATA_VALUE, key);
                 });
             });
         });
-    Request::new(DELSETELEM, body)
+    body
+}
+
+/// A request that removes a set that no rule refers to any more.
+pub(super) fn delete_set(set: &str) -> Request {
+    let mut body = Body::netfilter(NFPROTO_INET, 0);
+    body.text(nft::SET_TABLE, TABLE).text(nft::SET_NAME, set);
+    Request::new(nft::DELSET, body)
 }

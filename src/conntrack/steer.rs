@@ -11,9 +11,13 @@
 //!     ct direction original ct mark & 0xff000000 vmap @original
 //!     ct direction reply ct mark & 0x00ff0000 vmap @reply
 //!   }
+//!   set admitted3     { type ipv4_addr }
+//!   set admitted3_ip6 { type ipv6_addr }
 //!   chain guard3 {                # what may come out of the hop: flows handed over through it
 //!     ct direction original ct mark & 0x00ff0000 == 0x00030000 return
 //!     ct direction reply ct mark & 0xff000000 == 0x03000000 return
+//!     ct mark & 0xffff0000 != 0 ip saddr @admitted3 return        # see `admit`
+//!     ct mark & 0xffff0000 != 0 ip daddr @admitted3 return        # (and the same for IPv6)
 //!     drop
 //!   }
 //!   chain into3 {                 # into the hop, unless it just came out of it
@@ -30,9 +34,12 @@
 //! `steer` runs after the holds (−150): what a hold releases goes on *behind* the chain that held
 //! it, and has to meet its new mark there.
 
+use std::net::IpAddr;
+
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::ruleset::{self, STEER, add, add_empty, rule};
+use super::ruleset::{self, Rules, STEER, add, add_empty, payload, rule};
 use super::{Direction, Mark, Result};
 use crate::tunnel::HopId;
 
@@ -57,6 +64,24 @@ fn guard_chain(hop: HopId) -> String {
 
 fn into_chain(hop: HopId) -> String {
     format!("into{hop}")
+}
+
+/// The sets of addresses that [`admit`] fills: nftables' names of the family and the type, and the
+/// set's own name.
+fn admitted(hop: HopId) -> [(&'static str, &'static str, String); 2] {
+    [
+        ("ip", "ipv4_addr", format!("admitted{hop}")),
+        ("ip6", "ipv6_addr", format!("admitted{hop}_ip6")),
+    ]
+}
+
+/// The one of them for this address, and the address as the kernel has it.
+fn admitted_element(hop: HopId, address: &IpAddr) -> (String, Vec<u8>) {
+    let [(.., v4), (.., v6)] = admitted(hop);
+    match address {
+        IpAddr::V4(address) => (v4, address.octets().to_vec()),
+        IpAddr::V6(address) => (v6, address.octets().to_vec()),
+    }
 }
 
 fn ct_direction(direction: Direction) -> Value {
@@ -126,6 +151,27 @@ pub async fn install(hop: HopId) -> Result<()> {
             ],
         ));
     }
+    for (ip, kind, set) in admitted(hop) {
+        commands.push(add("set", json!({ "name": set, "type": kind })));
+        for field in ["saddr", "daddr"] {
+            // A packet without a connection has no mark: the rule does not match. A connection that
+            // has just begun has none yet.
+            commands.push(rule(
+                &guard,
+                &[
+                    json!({ "match": {
+                        "op": "!=",
+                        "left": { "&": [{ "ct": { "key": "mark" } }, Mark::MASK.bits()] },
+                        "right": 0,
+                    } }),
+                    json!({ "match": {
+                        "op": "==", "left": payload(ip, field), "right": format!("@{set}"),
+                    } }),
+                    json!({ "return": null }),
+                ],
+            ));
+        }
+    }
     commands.push(rule(&guard, &[json!({ "drop": null })]));
     commands.extend(add_empty(&into));
     commands.push(rule(
@@ -164,7 +210,7 @@ pub async fn remove(hop: HopId) -> Result<()> {
     ruleset::blocking(DOING, move |rules| {
         let mut interface = hop.interface().into_bytes();
         interface.resize(INTERFACE_NAME, 0);
-        rules.remove(DOING, &[guard_chain(hop), into_chain(hop)], || {
+        let elements = || {
             let mut changes = vec![ruleset::delete_element("guard", &interface)];
             for direction in [Direction::Original, Direction::Reply] {
                 // Marks are numbers of this host, in its own byte order.
@@ -172,10 +218,52 @@ pub async fn remove(hop: HopId) -> Result<()> {
                 changes.push(ruleset::delete_element(name(direction), &key));
             }
             changes
-        })?;
+        };
+        let sets = || {
+            admitted(hop)
+                .iter()
+                .map(|(.., set)| ruleset::delete_set(set))
+                .collect()
+        };
+        rules.remove_between(DOING, &[guard_chain(hop), into_chain(hop)], elements, sets)?;
         rules.remove_unused()
     })
     .await
+}
+
+/// For as long as the path of a container's flows changes, lets them come out of this hop too,
+/// whichever hop their marks name: what belongs to a connection that is steered somewhere, and has
+/// one of these addresses at either end. Nothing new comes in by this.
+///
+/// One message to the kernel. Doing it twice is doing it once.
+///
+/// # Errors
+/// When the kernel refuses, as it does if the hop's rules are not [installed](install).
+pub fn admit(hop: HopId, addresses: &[IpAddr]) -> Result<()> {
+    let elements = addresses.iter().map(|address| {
+        let (set, key) = admitted_element(hop, address);
+        ruleset::add_element(&set, &key)
+    });
+    Ok(Rules::open()?.change("admit a container's flows", elements.collect())?)
+}
+
+/// Ends what [`admit`] began. It is no error if it was never begun, or if the hop is gone.
+///
+/// # Errors
+/// When the kernel cannot be asked, or refuses.
+pub fn dismiss(hop: HopId, addresses: &[IpAddr]) -> Result<()> {
+    let mut rules = Rules::open()?;
+    for address in addresses {
+        let (set, key) = admitted_element(hop, address);
+        match rules.change(
+            "dismiss a container's flows",
+            vec![ruleset::delete_element(&set, &key)],
+        ) {
+            Err(error) if error.errno() == Some(Errno::NOENT) => {}
+            outcome => outcome?,
+        }
+    }
+    Ok(())
 }
 
 /// The hops whose rules are in place.

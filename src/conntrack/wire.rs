@@ -142,6 +142,9 @@ pub mod nft {
     pub const NEWRULE: u16 = NFTABLES | 6;
     pub const GETRULE: u16 = NFTABLES | 7;
     pub const DELRULE: u16 = NFTABLES | 8;
+    pub const DELSET: u16 = NFTABLES | 11;
+    pub const NEWSETELEM: u16 = NFTABLES | 12;
+    pub const DELSETELEM: u16 = NFTABLES | 14;
     pub const GETGEN: u16 = NFTABLES | 16;
 
     /// `NFTA_TABLE_NAME`.
@@ -155,6 +158,17 @@ pub mod nft {
     pub const RULE_HANDLE: u16 = 3;
     pub const RULE_EXPRESSIONS: u16 = 4;
     pub const RULE_USERDATA: u16 = 7;
+    /// `NFTA_SET_TABLE`, `NFTA_SET_NAME`.
+    pub const SET_TABLE: u16 = 1;
+    pub const SET_NAME: u16 = 2;
+    /// `NFTA_SET_ELEM_LIST_TABLE`, `_SET`, `_ELEMENTS`.
+    pub const ELEMENTS_TABLE: u16 = 1;
+    pub const ELEMENTS_SET: u16 = 2;
+    pub const ELEMENTS: u16 = 3;
+    /// `NFTA_SET_ELEM_KEY`, `_DATA`; `NFTA_DATA_VALUE`.
+    pub const ELEMENT_KEY: u16 = 1;
+    pub const ELEMENT_DATA: u16 = 2;
+    pub const DATA_VALUE: u16 = 1;
     /// `NFTA_LIST_ELEM`, `NFTA_EXPR_NAME`, `NFTA_EXPR_DATA`.
     pub const LIST_ELEM: u16 = 1;
     pub const EXPR_NAME: u16 = 1;

@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::undo::leave_hop;
-use super::{Leftover, Migration};
+use super::{Leftover, Migration, home, path};
 use crate::Result;
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
@@ -44,15 +43,17 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
             fence.remove().await.map_err(Into::into),
         );
     }
-    // A hop that no connection needs would only be in the way.
-    if migration.flows.is_empty() {
-        let left = leave_hop(&migration.request.config, migration.id.as_str()).await;
-        migration.note("the tunnel, which no connection uses", left);
-    }
+    // They do not come through here any more.
+    let forgotten = home::forget(&migration.at_home).await;
+    migration.note("the connections that went home", forgotten);
+    let forgotten = path::forget_in_between(migration).await;
+    migration.note("the connections that went home past others", forgotten);
     if migration.leftovers.is_empty() {
         let closed = migration.journal.close();
         migration.note("the journal", closed.map_err(Into::into));
     }
+    let shortened = path::shorten(migration).await;
+    migration.note("the paths of older connections", shortened);
     Ok(())
 }
 

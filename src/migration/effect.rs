@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::agent::protocol::MigrationId;
+use crate::agent::protocol::{MigrationId, PathId};
 use crate::conntrack::hold::HoldSpec;
 use crate::conntrack::{Fence, Gate};
 use crate::criu::Freezer;
@@ -22,6 +22,16 @@ pub enum Asked {
     Prepare,
     /// To restore the container: from here on only its own word says that it does not run there.
     Restore,
+}
+
+/// Which end of a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum End {
+    /// The host where the connections began.
+    Anchor,
+    /// The host that the container is on.
+    Container,
 }
 
 /// One change to a host.
@@ -90,6 +100,32 @@ pub enum Effect {
         /// The hop they come through.
         hop: HopId,
     },
+    /// Flows that began here end here again: their container comes home. Undone by sending them after
+    /// it again.
+    CameHome {
+        /// The container's addresses.
+        addresses: Vec<IpAddr>,
+        /// The hop by which they went.
+        hop: HopId,
+    },
+    /// Flows of a container take another hop.
+    Path {
+        /// Which end of the path this host is.
+        end: End,
+        /// The container's addresses.
+        addresses: Vec<IpAddr>,
+        /// The hop that they took before.
+        from: HopId,
+        /// The hop that they take now.
+        to: HopId,
+    },
+    /// The other end of a path was asked to change it. Undone by telling it to give that up.
+    PathAsked {
+        /// Its name here.
+        peer: String,
+        /// Which change.
+        path: PathId,
+    },
     /// Nothing gets through to a container that is about to arrive.
     Closed {
         /// Which container.
@@ -134,6 +170,9 @@ impl std::fmt::Display for Effect {
             Effect::Image { id } => write!(f, "image {id}"),
             Effect::Closed { .. } => write!(f, "the rule that keeps packets from the container"),
             Effect::Flows { .. } => write!(f, "flows inserted for the container"),
+            Effect::Path { to, .. } => write!(f, "flows that take hop {to}"),
+            Effect::PathAsked { peer, .. } => write!(f, "the other end of a path, at {peer}"),
+            Effect::CameHome { .. } => write!(f, "flows that end at this host again"),
             Effect::Restored {
                 container, volumes, ..
             } if volumes.is_empty() => {

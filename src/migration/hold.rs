@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::drain::Drainage;
-use super::{Asked, Effect, Migration};
+use super::{Asked, Effect, Migration, home};
 use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, HoldSpec, PortProtocol, Reserved};
 use crate::criu::Freezer;
@@ -73,11 +73,25 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     if let (Some(reserved), Some(spec)) = (reserved, spec) {
         let hold = reserved.prepare(spec).await?;
         migration.hands.namespace = Some(Namespace::of_pid(pid)?);
-        let hold = migration.hands.hold.insert(hold);
+        migration.hands.holds.push(hold);
+        let hold = migration
+            .hands
+            .holds
+            .last_mut()
+            .ok_or(Error::OutOfOrder("hold"))?;
         hold.hold_newcomers()?;
         drainage.opening().await?;
+        let begun = Instant::now();
+        if migration.comes_home {
+            home::hold_there(
+                &mut migration.connection,
+                &migration.id,
+                &migration.request.to,
+            )
+            .await?;
+        }
         hold.hold_all()?;
-        migration.held_since = hold.since();
+        migration.held_since = Some(begun);
     } else {
         migration.held_since = Some(Instant::now());
     }

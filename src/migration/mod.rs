@@ -17,8 +17,11 @@ mod effect;
 mod event;
 mod freeze;
 mod hold;
+mod home;
+mod hop;
 mod journal;
 mod lock;
+mod path;
 mod plan;
 mod precopy;
 mod preflight;
@@ -37,17 +40,22 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use check::{at_destination, refuse};
 pub use drain::{Drain, Left, Undrained};
-pub use effect::{Asked, Effect};
+pub use effect::{Asked, Effect, End};
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
+pub(crate) use home::{ON_ITS_WAY, came_from_here, flows as flows_of, forget, mark_all, welcome};
+pub(crate) use hop::{
+    answer_verify, connect as connect_hop, open as open_hop, tunnels, verify as verify_hop,
+};
 pub use journal::{Journal, JournalError, left_behind};
+pub use path::Path;
 pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};
 pub(crate) use preflight::{find, podman};
-pub(crate) use prepare::{mtu, tunnels};
+pub(crate) use prepare::mtu;
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
 pub use request::{Request, WhenFull};
-pub(crate) use undo::{Hands, leave_hop, leave_idle_hops, unwind};
+pub(crate) use undo::{Hands, leave_idle_hops, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
@@ -97,6 +105,10 @@ struct Migration<'a> {
     hands: Hands,
     _lock: Lock,
     hop: Option<HopId>,
+    /// Whether the destination has connections of this container that it once sent away.
+    comes_home: bool,
+    /// Which of the flows now end at the destination, as before they had left it.
+    at_home: Vec<Flow>,
     freezer: Option<Freezer>,
     fence: Option<Fence>,
     frozen: Option<freeze::Frozen>,
@@ -111,6 +123,7 @@ struct Migration<'a> {
     released: Option<Released>,
     held: HoldReport,
     dump: Option<DumpStats>,
+    paths: Vec<Path>,
     bytes_sent: u64,
     bytes_frozen: u64,
     leftovers: Vec<Leftover>,
@@ -142,6 +155,8 @@ impl<'a> Migration<'a> {
             hands: Hands::new(request.config.clone(), podman),
             _lock: lock,
             hop: None,
+            comes_home: false,
+            at_home: Vec::new(),
             freezer: None,
             fence: None,
             frozen: None,
@@ -154,6 +169,7 @@ impl<'a> Migration<'a> {
             released: None,
             held: HoldReport::default(),
             dump: None,
+            paths: Vec::new(),
             bytes_sent: 0,
             bytes_frozen: 0,
             leftovers: Vec::new(),
@@ -208,7 +224,7 @@ impl<'a> Migration<'a> {
 
     /// Is cancelled when no more packets can wait and the migration is to be given up for that.
     fn hold_is_full(&self) -> CancellationToken {
-        match (&self.hands.hold, self.request.when_full) {
+        match (self.hands.holds.first(), self.request.when_full) {
             (Some(hold), WhenFull::GiveUp) => hold.full(),
             _ => CancellationToken::new(),
         }
@@ -257,6 +273,7 @@ impl<'a> Migration<'a> {
             bytes_sent: self.bytes_sent,
             bytes_frozen: self.bytes_frozen,
             flows: self.flows,
+            paths: self.paths,
             drain: self.drain,
             held: self.held,
             dump: self.dump,

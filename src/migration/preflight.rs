@@ -7,7 +7,7 @@ use super::check as checks;
 use super::lock::Lock;
 use super::{Clock, Event, Request};
 use crate::agent::protocol::{Assessment, Offer};
-use crate::agent::{Connection, Identity, Limits, Peer, PeerName, Peers};
+use crate::agent::{Connection, Identity, Limits, Peer, PeerName, Peers, Permission};
 use crate::conntrack::{Flow, Table};
 use crate::criu::{Features, Finding, Severity};
 use crate::netlink::Namespace;
@@ -90,6 +90,9 @@ async fn look(
     let config = &request.config;
     let podman = podman(config)?;
     let peer = peer(config, &request.to)?;
+    if !peer.may(Permission::Receive) {
+        return Err(Error::MayNotReceive(peer.name));
+    }
     let container = find(&podman, name_or_id).await?;
     let mut connection = connect(config, &peer).await?;
 

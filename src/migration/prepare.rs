@@ -12,12 +12,10 @@ use futures::{StreamExt, TryStreamExt};
 use hyper::{HeaderMap, Method};
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use super::{Asked, Cargo, Effect, Event, Migration};
+use super::{Asked, Cargo, Effect, Event, Migration, hop};
 use crate::agent::protocol::{IMAGE_PIECE, Nothing, Prepare, Prepared};
-use crate::conntrack::steer;
 use crate::podman::{Container, Network};
-use crate::tunnel::Tunnels;
-use crate::{Config, Error, Result};
+use crate::{Error, Result};
 
 /// How long the destination may take to unpack an image once it has all of it.
 const LOAD_IMAGE: Duration = Duration::from_secs(600);
@@ -28,11 +26,6 @@ pub(super) async fn prepare(migration: &mut Migration<'_>) -> Result<()> {
         send_image(migration).await?;
     }
     Ok(())
-}
-
-/// The tunnels of this host.
-pub(crate) fn tunnels(config: &Config) -> Tunnels {
-    Tunnels::new(config.tunnel_settings())
 }
 
 /// The largest packet that a container's networks carry, in bytes.
@@ -49,18 +42,13 @@ pub(crate) fn mtu(networks: &[Network]) -> u16 {
 /// Makes both ends of the hop, and waits until they have shaken hands.
 async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
     let config = &migration.request.config;
-    let tunnels = tunnels(config);
     let user = migration.id.as_str();
-    let peer = migration.peer.fingerprint.to_string();
-    // The share is undone by its user's name: which hop it is, only taking it tells.
     migration.journal.will([Effect::Hop {
         user: user.to_owned(),
     }])?;
-    let (hop, _) = tunnels.acquire(&peer, user)?;
-    let id = hop.spec.hop;
-    migration.hop = Some(id);
     let mtu = mtu(&migration.preflight.offer.networks);
-    let own = tunnels.open(id, mtu).await?;
+    let own = hop::open(config, &migration.peer.fingerprint, user, mtu).await?;
+    migration.hop = Some(own.hop);
 
     let destination = migration.request.to.clone();
     migration.journal.will([Effect::Destination {
@@ -70,7 +58,7 @@ async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
     }])?;
     let ask = Prepare {
         offer: migration.preflight.offer.clone(),
-        hop: own,
+        hop: own.proposal,
     };
     let path = format!("/v1/migrations/{}", migration.id);
     let prepared: Prepared = migration
@@ -78,22 +66,12 @@ async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
         .call(Method::POST, &path, &ask)
         .await
         .map_err(Error::of_host(&migration.request.to))?;
+    migration.comes_home = prepared.home;
 
-    // The guard first: from the moment the peer is let in, packets can come.
-    steer::install(id).await?;
-    tunnels
-        .connect(id, &prepared.hop, migration.connection.peer_addr().ip())
-        .await?;
-    let patience = config.handshake_timeout;
-    tunnels.verify(id, patience).await?;
-    // A path may carry handshakes and yet swallow packets of full size.
-    let path = format!("{path}/probe");
-    let Nothing {} = migration
-        .connection
-        .call(Method::POST, &path, &Nothing {})
-        .await?;
-    tunnels.verify_full_size(id, patience).await?;
-    Ok(())
+    let address = migration.connection.peer_addr().ip();
+    hop::connect(config, own.hop, &prepared.hop, address).await?;
+    let probe = format!("{path}/probe");
+    hop::verify(config, own.hop, &mut migration.connection, &probe).await
 }
 
 /// Sends the container's image, compressed, as this host has it.

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::drain::Drain;
 use super::event::Phase;
+use super::path::Path;
 use crate::agent::protocol::MigrationId;
 use crate::conntrack::Flow;
 use crate::conntrack::hold::HoldReport;
@@ -39,6 +40,8 @@ pub struct Report {
     pub bytes_frozen: u64,
     /// The connections that went along.
     pub flows: Vec<Flow>,
+    /// What became of those that came through this host from elsewhere.
+    pub paths: Vec<Path>,
     /// How what had arrived before was read, and what was not.
     pub drain: Drain,
     /// What happened to the packets that arrived meanwhile.

@@ -32,6 +32,9 @@ pub struct Request {
     /// Whether the container's named volumes stay on this host as well. Otherwise they are removed
     /// after the move, unless another container uses them.
     pub keep_volumes: bool,
+    /// Whether connections that came through this host go on doing so. Otherwise the hosts where they
+    /// began send them straight to the destination, and this one can be switched off.
+    pub keep_chain: bool,
     /// What happens when no more packets can wait.
     pub when_full: WhenFull,
     /// Undo everything at the end of this phase, to see how the move would go.
@@ -52,6 +55,7 @@ impl Request {
             to: to.into(),
             config: Config::default(),
             keep_volumes: false,
+            keep_chain: false,
             when_full: WhenFull::default(),
             rehearse: None,
             cancel: CancellationToken::new(),
@@ -67,6 +71,12 @@ impl Request {
     /// Leaving named volumes behind as well, or not.
     pub fn keep_volumes(mut self, keep: bool) -> Request {
         self.keep_volumes = keep;
+        self
+    }
+
+    /// Leaving the paths of older connections as long as they are, or not.
+    pub fn keep_chain(mut self, keep: bool) -> Request {
+        self.keep_chain = keep;
         self
     }
 

@@ -51,6 +51,12 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
         bytes,
         total: Some(bytes),
     });
+    migration.at_home = running
+        .home
+        .iter()
+        .filter_map(|place| migration.flows.get(*place))
+        .cloned()
+        .collect();
     tracing::debug!(restore = ?running.restore, flows = running.flows, "the container runs at the destination");
     Ok(())
 }

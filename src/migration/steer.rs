@@ -3,7 +3,7 @@
 //! The marks are set early, while the container is being dumped: no packet reads them until it is
 //! released, so that the release itself is all that is left to do when the destination says "running".
 
-use super::{Migration, check};
+use super::{Migration, check, home};
 use crate::Result;
 use crate::conntrack::hold::{Pace, Rate, To};
 use crate::conntrack::{Flow, Table};
@@ -30,7 +30,9 @@ pub(super) async fn mark(
             .filter_map(|entry| entry.flow_of(address));
         flows.extend(of_it.filter(|flow| flow.keepable(&subnets).is_ok()));
     }
-    let marks = flows.iter().map(|flow| {
+    // One that came by this very hop goes home, and does not come back here.
+    let goes_home = |flow: &&Flow| flow.came_by() == Some(hop);
+    let marks = flows.iter().filter(|flow| !goes_home(flow)).map(|flow| {
         let (mark, mask) = flow.steering(Some(hop));
         (flow.entry.original, mark, mask)
     });
@@ -52,8 +54,12 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
     }
+    if migration.comes_home {
+        let released = home::release_there(migration).await;
+        migration.note("letting packets go at the destination", released);
+    }
     // A container without an address has no packets.
-    if let Some(hold) = migration.hands.hold.take() {
+    if let Some(hold) = migration.hands.holds.pop() {
         match hold
             .release(To::Destination, Pace::Rate(Rate::default()))
             .await

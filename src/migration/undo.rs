@@ -6,11 +6,12 @@ use std::time::{Duration, Instant, SystemTime};
 use hyper::Method;
 use serde::de::DeserializeOwned;
 
-use super::effect::{Asked, Effect};
+use super::effect::{Asked, Effect, End};
 use super::event::{Event, Observer};
+use super::home::{flows, forget, mark_all, send_away};
+use super::hop::tunnels;
 use super::journal::{Journal, left_behind};
 use super::preflight::{connect, peer};
-use super::prepare::tunnels;
 use super::report::Leftover;
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, Pace, To};
@@ -31,8 +32,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 pub(crate) struct Hands {
     pub config: Config,
     pub podman: Client,
-    /// The hold, while this process has it. After a crash there is none, and only its rules are left.
-    pub hold: Option<Hold>,
+    /// The holds that this process has. After a crash there are none, and only their rules are left.
+    pub holds: Vec<Hold>,
     /// The network namespace of the container whose packets are held.
     pub namespace: Option<Namespace>,
     /// Whether Podman may still be at work on what was asked of it: whoever asked has died, or gave
@@ -109,7 +110,7 @@ impl Hands {
         Hands {
             config,
             podman,
-            hold: None,
+            holds: Vec::new(),
             namespace: None,
             unsure: false,
         }
@@ -161,8 +162,12 @@ impl Hands {
                 asked,
             } => self.give_up(peer, migration, *asked).await,
             Effect::Hold { spec } => {
-                let released = match self.hold.take() {
-                    Some(hold) => let_go_home(hold, self.namespace.take()).await,
+                let of_it = |hold: &Hold| hold.spec().queue == spec.queue;
+                let released = match self.holds.iter().position(of_it) {
+                    Some(place) => {
+                        let hold = self.holds.swap_remove(place);
+                        let_go_home(hold, self.namespace.clone()).await
+                    }
                     None => Ok(()),
                 };
                 // Whatever became of the packets that waited: others must not.
@@ -179,6 +184,18 @@ impl Hands {
             Effect::Network { name } => Ok(self.podman.remove_network(name).await.map(|_| ())?),
             Effect::Image { id } => Ok(self.podman.remove_image(id).await.map(|_| ())?),
             Effect::Flows { addresses, hop } => Ok(delete_flows(addresses, *hop).await?),
+            Effect::Path {
+                end,
+                addresses,
+                from,
+                to,
+            } => Ok(take_back(*end, addresses, *from, *to).await?),
+            Effect::PathAsked { peer, path } => {
+                let path = format!("/v1/paths/{path}/change");
+                let Nothing {} = ask(&self.config, peer, Method::DELETE, &path).await?;
+                Ok(())
+            }
+            Effect::CameHome { addresses, hop } => Ok(send_away(addresses, *hop).await?),
             Effect::Restored {
                 container,
                 volumes,
@@ -338,34 +355,39 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
 
 /// Clears this hop from the marks of a container's flows.
 async fn clear_marks(addresses: &[IpAddr], hop: HopId) -> Result<()> {
-    let table = Table::open(&Namespace::current()?)?;
-    for address in addresses {
-        let entries = table.dump_container(*address).await?;
-        for flow in entries.iter().filter_map(|entry| entry.flow_of(*address)) {
-            if flow.entry.mark.hop(flow.towards_container()) == Some(hop) {
-                let (mark, mask) = flow.steering(None);
-                unless_gone(table.set_mark(&flow.entry.original, mark, mask).await)?;
-            }
+    let mut flows = flows(addresses).await?;
+    flows.retain(|flow| flow.goes_by() == Some(hop));
+    let cleared = flows.iter().map(|flow| {
+        let (mark, mask) = flow.steering(None);
+        (flow.entry.original, mark, mask)
+    });
+    mark_all(cleared.collect()).await
+}
+
+/// Sends a container's flows by the hop again that they took before.
+async fn take_back(end: End, addresses: &[IpAddr], from: HopId, to: HopId) -> Result<()> {
+    let flows = flows(addresses).await?;
+    let marks = flows.iter().filter_map(|flow| match end {
+        End::Anchor if flow.goes_by() == Some(to) => {
+            let (mark, mask) = flow.steering(Some(from));
+            Some((flow.entry.original, mark, mask))
         }
-    }
-    Ok(())
+        End::Container if flow.came_by() == Some(to) => Some(flow.answering(from)),
+        _ => None,
+    });
+    mark_all(marks.collect()).await
 }
 
 /// Deletes the flows that were inserted for a container that came, or was to come, through a hop.
 async fn delete_flows(addresses: &[IpAddr], hop: HopId) -> Result<()> {
-    let table = Table::open(&Namespace::current()?)?;
-    for address in addresses {
-        for entry in table.dump_container(*address).await? {
-            if entry.mark.uses(hop) {
-                unless_gone(table.delete(&entry.original).await)?;
-            }
-        }
-    }
-    Ok(())
+    // By the way back: what began here and was sent away by the same hop is not meant.
+    let mut flows = flows(addresses).await?;
+    flows.retain(|flow| flow.came_by() == Some(hop));
+    forget(&flows).await
 }
 
 /// A connection may end at any moment.
-fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
+pub(super) fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
     match result {
         Err(error) if error.is_gone() => Ok(()),
         other => other,

@@ -37,6 +37,9 @@ pub const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/lab");
 /// The image that hosts have, unless they are [cold](Builder::cold).
 pub const IMAGE: &str = "localhost/workload:latest";
 
+/// The distribution's iperf3, on hosts that are [to have it](Builder::iperf3).
+pub const IPERF3: &str = "localhost/iperf3:latest";
+
 /// Nothing that a test waits for takes this long, unless it hangs.
 const BOUND: Duration = Duration::from_secs(120);
 
@@ -178,6 +181,11 @@ impl Builder {
     /// Hosts drop what conntrack calls invalid.
     pub fn firewall(self) -> Builder {
         self.option(&["--firewall"])
+    }
+
+    /// Hosts have the image [`IPERF3`] too.
+    pub fn iperf3(self) -> Builder {
+        self.option(&["--iperf3"])
     }
 
     fn option(mut self, option: &[&str]) -> Builder {

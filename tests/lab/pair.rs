@@ -41,15 +41,24 @@ impl Pair {
 
     /// The hosts of a lab that is unlike the default.
     pub async fn of(lab: Builder) -> Pair {
-        Pair::join(lab.up().await, None).await
+        Pair::join(lab.up().await, None, |_, _| true).await
+    }
+
+    /// Hosts of which each knows only those next to it.
+    pub async fn chained(lab: Builder) -> Pair {
+        Pair::join(lab.up().await, None, |one, other| one.abs_diff(other) == 1).await
     }
 
     /// The same, with agents and migrations that log at this level (`-v`, `-vv`, `-vvv`).
     pub async fn verbose(lab: Builder, level: &'static str) -> Pair {
-        Pair::join(lab.up().await, Some(level)).await
+        Pair::join(lab.up().await, Some(level), |_, _| true).await
     }
 
-    async fn join(lab: Lab, verbose: Option<&'static str>) -> Pair {
+    async fn join(
+        lab: Lab,
+        verbose: Option<&'static str>,
+        know_each_other: fn(usize, usize) -> bool,
+    ) -> Pair {
         let mut pair = Pair {
             agents: Agents(Vec::new()),
             lab,
@@ -62,7 +71,10 @@ impl Pair {
         }
         let hosts = pair.lab.hosts.clone();
         for (index, inviting) in hosts.iter().enumerate() {
-            for joining in &hosts[..index] {
+            for (other, joining) in hosts[..index].iter().enumerate() {
+                if !know_each_other(index, other) {
+                    continue;
+                }
                 // One token makes both known to each other; the address is for the way back.
                 let token = inviting
                     .exec(&["livemig", "invite", "--address", &inviting.ip()])

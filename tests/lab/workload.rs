@@ -15,11 +15,14 @@
 //! All numbers are big-endian. Clients print one JSON object at their end, and `ready` on standard
 //! error as soon as all of their connections work. SIGTERM makes a client finish and print.
 
+#[path = "workload/udp.rs"]
+mod udp;
+
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -45,6 +48,8 @@ clients:
               [--seconds N] [--until-file PATH] [--log FILE] [--grace-ms 20000]
   client-bulk ADDR PORT [--mib 64] [--rate-mib 0] [--stall-ms 60000]
   client-udp ADDR PORT [--rate 1000] [--seconds N] [--until-file PATH] [--mode echo|oneway] [--payload 16]
+             [--runs 1]                   several runs from one socket, a report for each
+  client-udp-flows ADDR PORT [--flows 100] [--seconds N] [--until-file PATH]
   client-greet ADDR PORT [--seconds N] [--until-file PATH] [--lines N] [--log FILE]
   ask ADDR PORT COMMAND...                one command, its answer
 tools:
@@ -105,11 +110,12 @@ fn run(arguments: &mut Arguments) -> io::Result<()> {
             server.dialled = Some(EchoClient::connect(peer, options)?);
             server.run()
         }
-        "udp-echo" => udp_echo(arguments.address()?),
-        "udp-count" => udp_count(arguments.address()?),
+        "udp-echo" => udp::echo(arguments.address()?),
+        "udp-count" => udp::count(arguments.address()?),
         "client-echo" => client_echo(arguments),
         "client-bulk" => client_bulk(arguments),
-        "client-udp" => client_udp(arguments),
+        "client-udp" => udp::client(arguments),
+        "client-udp-flows" => udp::client_flows(arguments),
         "client-greet" => client_greet(arguments),
         "ask" => {
             let mut stream = connect(arguments.peer()?)?;
@@ -1151,8 +1157,15 @@ impl Gap {
 
     /// Something arrived. Returns the gap before it.
     fn reply(&mut self) -> Duration {
-        let (now, now_ns) = (Instant::now(), realtime_ns());
-        let gap = now - self.last;
+        self.reply_at(Instant::now(), realtime_ns())
+    }
+
+    /// The same for what arrived at a time that is known.
+    fn reply_at(&mut self, now: Instant, now_ns: u128) -> Duration {
+        // By the real time: the monotonic clock of a restored process goes on from where it was
+        // dumped, as if no time had passed.
+        let nanoseconds = now_ns.saturating_sub(self.last_ns);
+        let gap = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
         if gap > self.longest {
             (self.longest, self.from_ns, self.to_ns) = (gap, self.last_ns, now_ns);
         }
@@ -1192,6 +1205,11 @@ impl End {
             file: arguments.option("--until-file").map(String::from),
             looked: Instant::now(),
         })
+    }
+
+    /// The seconds count from now.
+    fn restart(&mut self) {
+        self.started = Instant::now();
     }
 
     fn reached(&mut self) -> bool {
@@ -1547,254 +1565,6 @@ fn client_greet(arguments: &mut Arguments) -> io::Result<()> {
         u64::from(failure.is_some()),
         gap.json(),
         failure.map_or("null".into(), |text| json_string(&text))
-    );
-    Ok(())
-}
-
-// ------------------------------------------------------------------------------------------------
-// UDP
-// ------------------------------------------------------------------------------------------------
-
-/// A datagram: `magic: u32`, `session: u32`, `number: u64`, padding. A query has another magic.
-const NUMBERED: u32 = 0x6c6d_7531;
-const QUERY: u32 = 0x6c6d_7532;
-
-/// Counts numbered datagrams. Bounded: beyond this number they are not told apart.
-const MOST_NUMBERS: u64 = 1 << 28;
-
-struct Arrivals {
-    seen: Vec<u64>,
-    received: u64,
-    duplicated: u64,
-    reordered: u64,
-    highest: Option<u64>,
-    gap: Gap,
-}
-
-impl Arrivals {
-    fn new() -> Arrivals {
-        Arrivals {
-            seen: Vec::new(),
-            received: 0,
-            duplicated: 0,
-            reordered: 0,
-            highest: None,
-            gap: Gap::new(),
-        }
-    }
-
-    fn arrived(&mut self, number: u64) {
-        if self.received == 0 {
-            self.gap = Gap::new();
-        } else {
-            self.gap.reply();
-        }
-        self.received += 1;
-        let number = number.min(MOST_NUMBERS);
-        let (at, bit) = ((number / 64) as usize, 1 << (number % 64));
-        if at >= self.seen.len() {
-            self.seen.resize(at + 1, 0);
-        }
-        if self.seen[at] & bit != 0 {
-            self.duplicated += 1;
-            return;
-        }
-        self.seen[at] |= bit;
-        // Late: one with a higher number was here before it.
-        self.reordered += u64::from(self.highest.is_some_and(|highest| number < highest));
-        self.highest = self.highest.max(Some(number));
-    }
-
-    fn distinct(&self) -> u64 {
-        self.received - self.duplicated
-    }
-
-    /// Without the braces. `sent` is known to the sender only.
-    fn json(&self) -> String {
-        format!(
-            "\"received\":{},\"distinct\":{},\"duplicated\":{},\"reordered\":{},\"highest\":{},{}",
-            self.received,
-            self.distinct(),
-            self.duplicated,
-            self.reordered,
-            self.highest
-                .map_or("null".into(), |number| number.to_string()),
-            self.gap.json()
-        )
-    }
-}
-
-fn udp_socket(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = UdpSocket::bind(address)?;
-    // So that a signal is noticed.
-    socket.set_read_timeout(Some(Duration::from_millis(200)))?;
-    Ok(socket)
-}
-
-fn udp_echo(address: SocketAddr) -> io::Result<()> {
-    let socket = udp_socket(address)?;
-    let mut datagram = [0; 65536];
-    while !stopped() {
-        match socket.recv_from(&mut datagram) {
-            Ok((length, peer)) => {
-                let _ = socket.send_to(&datagram[..length], peer);
-            }
-            Err(error) if is_transient(&error) || error.kind() == ErrorKind::TimedOut => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-fn udp_count(address: SocketAddr) -> io::Result<()> {
-    let socket = udp_socket(address)?;
-    let mut sessions: HashMap<u32, Arrivals> = HashMap::new();
-    let mut datagram = [0; 65536];
-    while !stopped() {
-        let (length, peer) = match socket.recv_from(&mut datagram) {
-            Ok(received) => received,
-            Err(error) if is_transient(&error) || error.kind() == ErrorKind::TimedOut => continue,
-            Err(error) => return Err(error),
-        };
-        let Some((magic, session, number)) = read_datagram(&datagram[..length]) else {
-            continue;
-        };
-        match magic {
-            NUMBERED => sessions
-                .entry(session)
-                .or_insert_with(Arrivals::new)
-                .arrived(number),
-            QUERY => {
-                let none = Arrivals::new();
-                let arrivals = sessions.get(&session).unwrap_or(&none);
-                let _ = socket.send_to(format!("{{{}}}", arrivals.json()).as_bytes(), peer);
-            }
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-fn read_datagram(bytes: &[u8]) -> Option<(u32, u32, u64)> {
-    let magic = u32::from_be_bytes(bytes.get(..4)?.try_into().ok()?);
-    let session = u32::from_be_bytes(bytes.get(4..8)?.try_into().ok()?);
-    Some((magic, session, number_at(bytes, 8).ok()?))
-}
-
-fn write_datagram(magic: u32, session: u32, number: u64, length: usize) -> Vec<u8> {
-    let mut out = Vec::with_capacity(length.max(16));
-    out.extend_from_slice(&magic.to_be_bytes());
-    out.extend_from_slice(&session.to_be_bytes());
-    out.extend_from_slice(&number.to_be_bytes());
-    out.resize(length.max(16), 0);
-    out
-}
-
-fn client_udp(arguments: &mut Arguments) -> io::Result<()> {
-    let peer = arguments.peer()?;
-    let rate = arguments.option_number("--rate")?.unwrap_or(1000).max(1);
-    let payload = arguments.option_number("--payload")?.unwrap_or(16) as usize;
-    let echo = arguments.option("--mode") != Some("oneway");
-    let mut end = End::from(arguments)?;
-    let unspecified: IpAddr = if peer.is_ipv4() {
-        Ipv4Addr::UNSPECIFIED.into()
-    } else {
-        Ipv6Addr::UNSPECIFIED.into()
-    };
-    let socket = UdpSocket::bind((unspecified, 0))?;
-    socket.connect(peer)?;
-    socket.set_nonblocking(true)?;
-    let session = std::process::id() ^ realtime_ns() as u32;
-    let mut arrivals = Arrivals::new();
-    let mut report = None;
-    let (mut sent, mut failed) = (0u64, 0u64);
-    let mut buffer = [0; 65536];
-    let started = Instant::now();
-    let mut announced = false;
-
-    let mut receive = |arrivals: &mut Arrivals, report: &mut Option<String>| {
-        // Errors are those of datagrams sent earlier (refused, unreachable): those are lost.
-        while let Ok(length) = socket.recv(&mut buffer) {
-            match read_datagram(&buffer[..length]) {
-                Some((NUMBERED, from, number)) if from == session => arrivals.arrived(number),
-                _ => *report = Some(String::from_utf8_lossy(&buffer[..length]).into_owned()),
-            }
-        }
-    };
-    while !end.reached() {
-        let due = (started.elapsed().as_secs_f64() * rate as f64) as u64;
-        while sent < due {
-            match socket.send(&write_datagram(NUMBERED, session, sent, payload)) {
-                Ok(_) => {}
-                // The local queue is full: not the network's fault, so try again.
-                Err(error) if is_transient(&error) || error.raw_os_error() == Some(105) => break,
-                Err(_) => failed += 1,
-            }
-            sent += 1;
-        }
-        let next = started + Duration::from_secs_f64((sent + 1) as f64 / rate as f64);
-        let wait = next.saturating_duration_since(Instant::now()).min(TICK);
-        poll(
-            &mut [PollFd {
-                fd: socket.as_raw_fd(),
-                events: POLLIN,
-                revents: 0,
-            }],
-            wait,
-        )?;
-        receive(&mut arrivals, &mut report);
-        if !announced && (!echo || arrivals.received > 0) && sent > 0 {
-            announced = true;
-            eprintln!("ready");
-        }
-    }
-    // What is still under way: until all is here, or nothing has come for a while.
-    let finished = Instant::now();
-    let mut asked = Instant::now() - Duration::from_secs(1);
-    loop {
-        let waited = finished.elapsed();
-        let complete = if echo {
-            arrivals.distinct() == sent
-        } else {
-            report.is_some()
-        };
-        if complete || waited > Duration::from_secs(if echo { 2 } else { 10 }) {
-            break;
-        }
-        if !echo
-            && waited > Duration::from_millis(300)
-            && asked.elapsed() > Duration::from_millis(200)
-        {
-            asked = Instant::now();
-            let _ = socket.send(&write_datagram(QUERY, session, 0, 16));
-        }
-        poll(
-            &mut [PollFd {
-                fd: socket.as_raw_fd(),
-                events: POLLIN,
-                revents: 0,
-            }],
-            TICK,
-        )?;
-        receive(&mut arrivals, &mut report);
-    }
-    let counted = match &report {
-        Some(report) if !echo => report
-            .trim_start_matches('{')
-            .trim_end_matches('}')
-            .to_string(),
-        _ => arrivals.json(),
-    };
-    let distinct = counted
-        .split("\"distinct\":")
-        .nth(1)
-        .and_then(|rest| rest.split(',').next())
-        .and_then(|text| text.parse::<u64>().ok())
-        .unwrap_or(0);
-    println!(
-        "{{\"sent\":{sent},\"failed\":{failed},\"lost\":{},\"answered\":{},{counted}}}",
-        sent.saturating_sub(distinct),
-        echo || report.is_some(),
     );
     Ok(())
 }

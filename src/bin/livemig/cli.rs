@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
+use livemig::agent::Permission;
 use livemig::migration::{Phase, WhenFull};
 
 /// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
@@ -156,6 +157,21 @@ pub enum Command {
     /// List the hosts that this one trusts
     Hosts,
 
+    /// Say what another host may do with this one
+    ///
+    /// What is not named it may not do any more. A host that was invited, or has joined, may send and
+    /// receive.
+    Allow {
+        /// Its name here: one from `livemig hosts`
+        host: String,
+
+        /// send: it may send containers here. receive: it may receive containers from here.
+        /// introduce: it may introduce hosts to this one, so that connections of a container that
+        /// moves on from it take the direct way; they may do nothing else
+        #[arg(value_name = "send|receive|introduce", num_args = 0..)]
+        may: Vec<Permission>,
+    },
+
     /// Move a running container to another host
     #[command(after_long_help = MIGRATE_JSON)]
     Migrate {
@@ -169,6 +185,13 @@ pub enum Command {
         /// write over there, and in the way when the container comes back.
         #[arg(long)]
         keep_volumes: bool,
+
+        /// Let connections that came here from other hosts go on through this one
+        ///
+        /// Without this, the hosts where they began send them straight to the destination, and this
+        /// host is not needed any more.
+        #[arg(long)]
+        keep_chain: bool,
 
         /// What to do when more is sent to the container than can wait while it moves
         #[arg(long, value_name = "POLICY", default_value = "drop")]

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::CommandFactory;
 use livemig::agent::{
-    Address, DEFAULT_PORT, Identity, Invites, JoinAs, Limits, Offer, PeerName, Peers, Server,
-    Sessions, Token, Trust,
+    Address, DEFAULT_PORT, Identity, Invites, JoinAs, Limits, Offer, PeerName, Peers, Permission,
+    Server, Sessions, Token, Trust,
 };
 use livemig::conntrack::Direction;
 use livemig::migration::{self, Event, Observer};
@@ -33,9 +33,11 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             address,
         } => join(&config, &token, name, address, json).await,
         Command::Hosts => hosts(&config, json),
+        Command::Allow { host, may } => allow(&config, &host, may, json),
         Command::Migrate {
             what,
             keep_volumes,
+            keep_chain,
             when_full,
             hold_packets,
             hold_mib,
@@ -49,6 +51,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             };
             let request = request(config, what)
                 .keep_volumes(keep_volumes)
+                .keep_chain(keep_chain)
                 .when_full(when_full.into())
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
@@ -265,6 +268,22 @@ fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
         ]);
     }
     print!("{table}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn allow(config: &Config, host: &str, may: Vec<Permission>, json: bool) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
+    let peers = Peers::open(&config.state_dir, &Limits::default())?;
+    let peer = peers.allow(&host.parse()?, may.into_iter().collect())?;
+    if json {
+        return Ok(print_json(&peer));
+    }
+    let may: Vec<String> = peer.may.iter().map(ToString::to_string).collect();
+    if may.is_empty() {
+        println!("{} may do nothing here", peer.name);
+    } else {
+        println!("{} may {}", peer.name, may.join(", "));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -28,8 +28,7 @@ impl Intake {
     }
 
     /// The container runs: datagrams are let in as its sockets, in its network namespace, take
-    /// them; everything else at once. What a container that comes home says, and what its peers
-    /// sent to it here, goes on waiting for [`Intake::finish`].
+    /// them.
     pub fn open(&self, container: &Namespace) {
         self.hold.order(Order::Release {
             to: To::Destination,
