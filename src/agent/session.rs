@@ -600,7 +600,9 @@ impl Sessions {
         gate(&container).open().await?;
         if let Some(intake) = &session.intake {
             let pid = self.podman.inspect(container.id.as_str()).await?.pid;
-            intake.open(&Namespace::of_pid(pid.ok_or(Error::OutOfOrder("process"))?)?);
+            intake.open(&Namespace::of_pid(
+                pid.ok_or(Error::OutOfOrder("process"))?,
+            )?);
         }
         let restore = ended
             .lock()
