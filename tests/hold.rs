@@ -177,6 +177,7 @@ fn a_release_under_traffic_loses_and_reorders_nothing() {
                     To::Source
                 };
                 let report = release(hold, to).await;
+                println!("{report:?}");
                 assert_eq!(report.held, report.released, "{report:?}");
                 assert_eq!(report.dropped_by_bound, 0);
             }

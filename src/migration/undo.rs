@@ -32,8 +32,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 pub(crate) struct Hands {
     pub config: Config,
     pub podman: Client,
-    /// The hold, while this process has it. After a crash there is none, and only its rules are left.
-    pub hold: Option<Hold>,
+    /// The holds that this process has. After a crash there are none, and only their rules are left.
+    pub holds: Vec<Hold>,
     /// The network namespace of the container whose packets are held.
     pub namespace: Option<Namespace>,
     /// Whether Podman may still be at work on what was asked of it: whoever asked has died, or gave
@@ -110,7 +110,7 @@ impl Hands {
         Hands {
             config,
             podman,
-            hold: None,
+            holds: Vec::new(),
             namespace: None,
             unsure: false,
         }
@@ -162,8 +162,12 @@ impl Hands {
                 asked,
             } => self.give_up(peer, migration, *asked).await,
             Effect::Hold { spec } => {
-                let released = match self.hold.take() {
-                    Some(hold) => let_go_home(hold, self.namespace.take()).await,
+                let of_it = |hold: &Hold| hold.spec().queue == spec.queue;
+                let released = match self.holds.iter().position(of_it) {
+                    Some(place) => {
+                        let hold = self.holds.swap_remove(place);
+                        let_go_home(hold, self.namespace.clone()).await
+                    }
                     None => Ok(()),
                 };
                 // Whatever became of the packets that waited: others must not.
