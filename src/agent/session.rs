@@ -15,6 +15,7 @@ use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
 use tokio_util::io::{ReaderStream, StreamReader};
 
+use super::endings::Endings;
 use super::paths::Paths;
 use super::protocol::{
     Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
@@ -182,10 +183,17 @@ impl Sessions {
     /// anything runs here, and removes the hops that no connection uses any more.
     pub async fn look_after(self: Arc<Self>) {
         let mut round = tokio::time::interval(LOOK_ROUND);
+        let mut endings = Endings::default();
         loop {
-            round.tick().await;
-            if let Err(error) = migration::leave_idle_hops(&self.config).await {
-                tracing::warn!(%error, "hops that nobody uses could not be removed");
+            tokio::select! {
+                _ = round.tick() => {}
+                () = endings.next() => {}
+            }
+            match migration::leave_idle_hops(&self.config).await {
+                Ok(hops_are_left) => endings.listen(hops_are_left),
+                Err(error) => {
+                    tracing::warn!(%error, "hops that nobody uses could not be removed");
+                }
             }
             self.paths.look_after().await;
             let open: Vec<(MigrationId, Shared)> = self
