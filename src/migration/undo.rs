@@ -15,7 +15,7 @@ use super::preflight::{connect, peer};
 use super::report::Leftover;
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, Pace, To};
-use crate::conntrack::{self, Family, Fence, Table, steer};
+use crate::conntrack::{self, Family, Fence, Table, alias, steer};
 use crate::netlink::Namespace;
 use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions};
 use crate::tunnel::HopId;
@@ -262,6 +262,7 @@ impl Hands {
         let fence = Fence {
             container: container.clone(),
             addresses,
+            ports: Vec::new(),
         };
         if !fence.addresses.is_empty()
             && let Err(error) = quiet(&fence).await
@@ -337,6 +338,7 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
     let entries = Table::open(&Namespace::current()?)?
         .dump(Family::Both)
         .await?;
+    alias::forget_unused(&entries)?;
     for hop in hops {
         let id = hop.spec.hop;
         if entries.iter().any(|entry| entry.mark.uses(id)) {
@@ -361,7 +363,9 @@ async fn clear_marks(addresses: &[IpAddr], hop: HopId) -> Result<()> {
         let (mark, mask) = flow.steering(None);
         (flow.entry.original, mark, mask)
     });
-    mark_all(cleared.collect()).await
+    mark_all(cleared.collect()).await?;
+    let table = Table::open(&Namespace::current()?)?;
+    Ok(alias::forget_unused(&table.dump(Family::Both).await?)?)
 }
 
 /// Sends a container's flows by the hop again that they took before.

@@ -1,12 +1,12 @@
 //! What is to be held, as a value, and the rules that it becomes.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{DEFAULT_BYTES, DEFAULT_PACKETS};
+use crate::conntrack::published;
 use crate::conntrack::ruleset::{self, add_empty, equal, ip, payload, rule};
 use crate::conntrack::{Error, Result};
 use crate::tunnel::HopId;
@@ -136,8 +136,7 @@ impl HoldSpec {
             commands.extend(add_empty(&chain));
         }
         for (base, chain) in [(ruleset::NEW, &new), (ruleset::ESTABLISHED, &established)] {
-            let jump = json!({ "jump": { "target": chain } });
-            commands.push(ruleset::named_rule(base, chain, &[jump]));
+            commands.extend(ruleset::jumps(base, chain));
         }
         match self.side {
             Side::Leaving => self.leaving(&mut commands),
@@ -153,7 +152,7 @@ impl HoldSpec {
         let known = goto(&self.queue_chain());
         let released = json!({ "return": null });
         for (chain, verdict) in [(&new, &newcomer), (&established, &released)] {
-            for mut statements in self.published(PortProtocol::Tcp) {
+            for mut statements in published::matches(&self.ports, PortProtocol::Tcp) {
                 statements.insert(
                     0,
                     equal(
@@ -182,7 +181,7 @@ impl HoldSpec {
                 commands.push(rule(&established, &statements));
             }
         }
-        for mut statements in self.published(PortProtocol::Udp) {
+        for mut statements in published::matches(&self.ports, PortProtocol::Udp) {
             statements.insert(
                 0,
                 json!({ "match": {
@@ -224,42 +223,6 @@ impl HoldSpec {
                 commands.push(rule(&established, &statements));
             }
         }
-    }
-
-    /// What matches packets to the published ports of a protocol: a list of statements for each
-    /// address that ports are bound to.
-    fn published(&self, protocol: PortProtocol) -> Vec<Vec<Value>> {
-        let mut by_address: BTreeMap<Option<IpAddr>, Vec<Value>> = BTreeMap::new();
-        for ports in self.ports.iter().filter(|p| p.protocol == protocol) {
-            by_address
-                .entry(ports.address.filter(|a| !a.is_unspecified()))
-                .or_default()
-                .push(if ports.first == ports.last {
-                    json!(ports.first)
-                } else {
-                    json!({ "range": [ports.first, ports.last] })
-                });
-        }
-        let name = match protocol {
-            PortProtocol::Tcp => "tcp",
-            PortProtocol::Udp => "udp",
-        };
-        by_address
-            .into_iter()
-            .map(|(address, ports)| {
-                let mut statements = vec![
-                    equal(payload(name, "dport"), json!({ "set": ports })),
-                    equal(
-                        json!({ "fib": { "result": "type", "flags": ["daddr"] } }),
-                        json!("local"),
-                    ),
-                ];
-                if let Some(address) = address {
-                    statements.insert(0, equal(payload(ip(&address), "daddr"), json!(address)));
-                }
-                statements
-            })
-            .collect()
     }
 }
 
