@@ -37,6 +37,11 @@ impl Intake {
         });
     }
 
+    /// How many packets have been held so far.
+    pub fn held(&self) -> u64 {
+        self.hold.held()
+    }
+
     /// The source has let go of everything: returns as soon as nothing waits any more.
     ///
     /// # Errors
