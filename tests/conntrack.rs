@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use livemig::conntrack::{
     Change, Direction, Entry, Event, Family, Mark, Opening, Protocol, Status, Table, TcpInfo,
-    TcpSide, TcpState, Tuple, steer,
+    TcpSide, TcpState, Tuple, alias, steer,
 };
 use livemig::netlink::sockets::{self, Kind, State};
+use livemig::podman::Subnet;
 use livemig::tunnel::HopId;
 use netns::{Net, until, within};
 
@@ -67,7 +68,9 @@ fn a_published_connection_is_seen_marked_and_heard_of() {
         let echo = echo_once(&net, server);
         let published: SocketAddr = published.parse().unwrap();
         within(&net.host, async || {
-            let mut events = table.events().unwrap();
+            let mut events = table
+                .events(&[Change::New, Change::Update, Change::Destroy])
+                .unwrap();
             let mut stream = net
                 .client
                 .run(|| TcpStream::connect(published))
@@ -389,10 +392,15 @@ async fn hand_over(net: &Net, container: &str) -> Vec<Entry> {
     let entries = host.dump_container(address(container)).await.unwrap();
     for entry in &entries {
         let flow = entry.flow_of(address(container)).unwrap();
-        flow.keepable(&[
-            "10.88.0.0/24".parse().unwrap(),
-            "fd00:88::/64".parse().unwrap(),
-        ])
+        let subnets = [
+            ("10.88.0.0/24", "10.88.0.1"),
+            ("fd00:88::/64", "fd00:88::1"),
+        ];
+        flow.keepable(&subnets.map(|(subnet, gateway)| Subnet {
+            subnet: subnet.parse().unwrap(),
+            gateway: Some(address(gateway)),
+            lease_range: None,
+        }))
         .unwrap();
         let there = flow.at_destination(hop(1));
         // As it crosses the wire.
@@ -639,6 +647,124 @@ fn a_binding_survives_everything_that_podman_does_when_the_container_is_removed(
     copy.send_to(b"three", from).unwrap();
     let (_, from) = client.recv_from(&mut buffer).unwrap();
     assert_eq!(from, "192.0.2.1:8080".parse().unwrap());
+}
+
+/// A program on the anchor, connected by 127.0.0.1 and masqueraded as the gateway, which is an
+/// address of the other host too.
+#[test]
+fn a_program_on_the_anchor_goes_on_though_its_address_is_the_other_hosts_too() {
+    let net = Net::new();
+    net.rules(
+        "host",
+        "table inet local {
+           chain ports {
+             type nat hook output priority -100;
+             fib daddr type local meta nfproto ipv4 tcp dport 8080 dnat ip to 10.88.0.5:80
+             fib daddr type local meta nfproto ipv4 udp dport 8080 dnat ip to 10.88.0.5:80
+             fib daddr type local meta nfproto ipv6 tcp dport 8080 dnat ip6 to [fd00:88::5]:80
+           }
+           chain leaving {
+             type nat hook postrouting priority srcnat;
+             ip saddr 127.0.0.1 masquerade
+             ip6 saddr 2001:db8::1 ip6 daddr fd00:88::5 masquerade
+           }
+         }",
+    );
+    for (host, hop) in [("host", 3), ("other", 1)] {
+        for setting in ["accept_local=1", "route_localnet=1"] {
+            net.at(
+                host,
+                &format!("sysctl -qw net.ipv4.conf.livemig{hop}.{setting}"),
+            );
+        }
+    }
+    net.at("host", "sysctl -qw net.ipv4.conf.bridge.route_localnet=1");
+    let subnets = [
+        ("10.88.0.0/24", "10.88.0.1"),
+        ("fd00:88::/64", "fd00:88::1"),
+    ]
+    .map(|(subnet, gateway)| Subnet {
+        subnet: subnet.parse().unwrap(),
+        gateway: Some(address(gateway)),
+        lease_range: None,
+    });
+    within(&net.host, async || steer::install(hop(3)).await.unwrap());
+    within(&net.other, async || steer::install(hop(1)).await.unwrap());
+
+    let servers = [
+        udp(&net.container, "10.88.0.5:80"),
+        udp(&net.container, "[fd00:88::5]:80"),
+    ];
+    let client = udp(&net.host, "127.0.0.1:5000");
+    client.connect("127.0.0.1:8080").unwrap();
+    let mut buffer = [0; 64];
+    client.send(b"one").unwrap();
+    let (_, peer) = servers[0].recv_from(&mut buffer).unwrap();
+    assert_eq!(peer.ip(), address("10.88.0.1"));
+    servers[0].send_to(b"two", peer).unwrap();
+    client.recv(&mut buffer).unwrap();
+    // By TCP, in both families, to a listener at each place: the copy takes the connection over.
+    let copies = [udp(&net.copy, "10.88.0.5:80")];
+    let flows = within(&net.host, async || {
+        let here = Table::open(&net.host).unwrap();
+        let there = Table::open(&net.other).unwrap();
+        let mut flows = Vec::new();
+        for entry in here.dump_container(address("10.88.0.5")).await.unwrap() {
+            let flow = entry.flow_of(address("10.88.0.5")).unwrap();
+            flow.keepable(&subnets).unwrap();
+            assert!(flow.is_tied_to_interface(), "{flow:?}");
+            there.insert(&flow.at_destination(hop(1))).await.unwrap();
+            let (mark, mask) = flow.steering(Some(hop(3)));
+            let pinned = here
+                .pin_all(vec![(entry.clone(), mark, mask)])
+                .await
+                .unwrap();
+            assert!(pinned.iter().all(Result::is_ok), "{pinned:?}");
+            let now = here.get(&entry.original).await.unwrap().unwrap();
+            assert_eq!((now.original, now.reply), (entry.original, entry.reply));
+            assert!(now.status.has(entry.status.portable()), "{now:?} {entry:?}");
+            flows.push(flow);
+        }
+        let pairs = alias::of_flows(&flows, &subnets);
+        assert_eq!(pairs.len(), 1);
+        alias::remember(&pairs).unwrap();
+        alias::remember(&pairs).unwrap();
+        flows
+    });
+    assert_eq!(flows.len(), 1);
+    drop(servers);
+    for bridge in [true, false] {
+        if !bridge {
+            // Also when Podman has removed the bridge with the last container.
+            net.at("host", "nft delete table inet podman");
+            net.at("host", "nft delete table inet local");
+            net.at("host", "ip link delete bridge");
+        }
+        for round in 0..10u8 {
+            client.send(&[round]).unwrap();
+            let (length, from) = copies[0].recv_from(&mut buffer).unwrap();
+            assert_eq!((&buffer[..length], from), (&[round][..], peer));
+            copies[0].send_to(&[round, round], from).unwrap();
+            assert_eq!(client.recv(&mut buffer).unwrap(), 2);
+        }
+    }
+    // An ICMP error finds its way as well.
+    drop(copies);
+    client.send(b"nobody there").unwrap();
+    let error = client.recv(&mut buffer).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+
+    within(&net.host, async || {
+        let here = Table::open(&net.host).unwrap();
+        let peers = || net.at("host", "nft list map inet livemig peers");
+        alias::forget_unused(&here.dump(Family::Both).await.unwrap()).unwrap();
+        assert!(peers().contains("250.88.0.1"));
+        for flow in &flows {
+            here.delete(&flow.entry.original).await.unwrap();
+        }
+        alias::forget_unused(&here.dump(Family::Both).await.unwrap()).unwrap();
+        assert!(!peers().contains("250.88.0.1"));
+    });
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! One connection as the kernel knows it, and how it is written to and read from ctnetlink.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::wire::{self, AF_INET, AF_INET6, counters, cta, ip, proto, protoinfo, tuple};
+use super::wire::{self, AF_INET, AF_INET6, counters, cta, ip, nat, proto, protoinfo, tuple};
 use super::{Mark, Protocol, Tuple};
 use crate::netlink::{Attribute, Attributes, Body, Message};
 
@@ -142,6 +142,18 @@ pub struct TcpInfo {
     pub reply: TcpSide,
 }
 
+impl TcpInfo {
+    /// The same, with packets outside the window let through in both directions.
+    #[must_use]
+    pub const fn liberal(self) -> TcpInfo {
+        TcpInfo {
+            state: self.state,
+            original: self.original.liberal(),
+            reply: self.reply.liberal(),
+        }
+    }
+}
+
 /// What is tracked of an SCTP association.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SctpInfo {
@@ -246,6 +258,23 @@ impl Entry {
                         .leaf(protoinfo::SCTP_VTAG_REPLY, &sctp.reply_tag.to_be_bytes());
                 });
             });
+        }
+        body
+    }
+
+    /// The entry as the body of a request that inserts it with its translation, which is then fixed,
+    /// whatever rule it came from.
+    pub(super) fn encode_translated(&self) -> Body {
+        let mut untranslated = self.clone();
+        // The kernel makes the reply tuple from the translation.
+        untranslated.reply = self.original.inverse();
+        let mut body = untranslated.encode();
+        let (source, destination) = (self.reply.to(), self.reply.from());
+        if self.status.has(Status::SOURCE_NAT) {
+            write_translation(&mut body, cta::NAT_SRC, source);
+        }
+        if self.status.has(Status::DESTINATION_NAT) {
+            write_translation(&mut body, cta::NAT_DST, destination);
         }
         body
     }
@@ -366,6 +395,24 @@ pub(super) fn write_tuple(body: &mut Body, kind: u16, value: &Tuple) {
                 }
                 Protocol::Other { .. } => {}
             }
+        });
+    });
+}
+
+/// Writes what an address and a port become.
+fn write_translation(body: &mut Body, kind: u16, to: SocketAddr) {
+    body.nest(kind, |body| {
+        match to.ip() {
+            IpAddr::V4(a) => body
+                .leaf(nat::V4_MINIP, &a.octets())
+                .leaf(nat::V4_MAXIP, &a.octets()),
+            IpAddr::V6(a) => body
+                .leaf(nat::V6_MINIP, &a.octets())
+                .leaf(nat::V6_MAXIP, &a.octets()),
+        };
+        body.nest(nat::PROTO, |body| {
+            let port = to.port().to_be_bytes();
+            body.leaf(nat::PORT_MIN, &port).leaf(nat::PORT_MAX, &port);
         });
     });
 }

@@ -11,14 +11,19 @@
 //!
 //! So what comes from its addresses is dropped, before connection tracking sees it: a reset would
 //! end the flow there too. What comes out of a hop is not meant; that is the copy.
+//!
+//! Nor does the frozen container hear anybody who comes to it now: Podman still leads its ports to
+//! it. Once its flows have left, a new connection to these ports is refused, as it is when the
+//! container is gone: with a reset, or with an ICMP message (port unreachable).
 
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::Result;
+use super::hold::{HeldPorts, PortProtocol};
 use super::ruleset::{self, Rules, add_empty, equal, ip, payload, rule};
+use super::{Mark, Result, published};
 use crate::podman::ContainerId;
 
 const INSTALL: &str = "keep the frozen container quiet";
@@ -30,6 +35,9 @@ pub struct Fence {
     pub container: ContainerId,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// The ports that are published for it.
+    #[serde(default)]
+    pub ports: Vec<HeldPorts>,
 }
 
 impl Fence {
@@ -39,6 +47,14 @@ impl Fence {
 
     fn drop_chain(&self) -> String {
         format!("{}_drop", self.chain())
+    }
+
+    fn arrivals_chain(&self) -> String {
+        format!("{}_arrivals", self.chain())
+    }
+
+    fn refuse_chain(&self) -> String {
+        format!("{}_refuse", self.chain())
     }
 
     /// Makes the rules, which nothing leads to yet: starting `nft` takes time that a frozen
@@ -52,7 +68,8 @@ impl Fence {
         commands.extend(add_empty(&chain));
         commands.extend(add_empty(&drop_chain));
         let jump = json!({ "jump": { "target": chain } });
-        commands.push(ruleset::named_rule(ruleset::NEW, &chain, &[jump]));
+        commands.push(ruleset::named_rule(ruleset::NEW[0], &chain, &[jump]));
+        commands.extend(self.refusal());
         for address in &self.addresses {
             let not_out_of_a_hop = json!({ "match": {
                 "op": "!=", "left": { "meta": { "key": "iifname" } }, "right": "livemig*",
@@ -75,6 +92,43 @@ impl Fence {
         Rules::open()?.add_jump(INSTALL, &self.chain(), &self.drop_chain())
     }
 
+    /// The rules that refuse new connections.
+    fn refusal(&self) -> Vec<Value> {
+        let (arrivals, refuse) = (self.arrivals_chain(), self.refuse_chain());
+        let mut commands = Vec::new();
+        commands.extend(add_empty(&arrivals));
+        commands.extend(add_empty(&refuse));
+        commands.extend(ruleset::jumps(ruleset::ARRIVALS, &arrivals));
+        for (protocol, reject) in [
+            (PortProtocol::Tcp, json!({ "type": "tcp reset" })),
+            (
+                PortProtocol::Udp,
+                json!({ "type": "icmpx", "expr": "port-unreachable" }),
+            ),
+        ] {
+            for mut statements in published::matches(&self.ports, protocol) {
+                statements.insert(0, begins());
+                // Of a flow that has left and was never answered every packet is new to conntrack.
+                statements.insert(1, not_steered());
+                statements.push(json!({ "reject": reject }));
+                commands.push(rule(&refuse, &statements));
+            }
+        }
+        commands
+    }
+
+    /// Refuses new connections from here on, by the rules that [`Fence::prepare`] has made.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked, or refuses.
+    pub fn refuse(&self) -> Result<()> {
+        Rules::open()?.add_jump(
+            "refuse new connections",
+            &self.arrivals_chain(),
+            &self.refuse_chain(),
+        )
+    }
+
     /// Lets it speak again. It is no error if nothing keeps it from that.
     ///
     /// # Errors
@@ -82,11 +136,29 @@ impl Fence {
     pub async fn remove(&self) -> Result<()> {
         const DOING: &str = "let the container speak again";
         // What jumps goes before what is jumped to.
-        let chains = [self.chain(), self.drop_chain()];
+        let chains = [
+            self.chain(),
+            self.drop_chain(),
+            self.arrivals_chain(),
+            self.refuse_chain(),
+        ];
         ruleset::blocking(DOING, move |rules| {
             rules.remove(DOING, &chains, Vec::new)?;
             rules.remove_unused()
         })
         .await
     }
+}
+
+/// Matches the first packets of a connection.
+pub(super) fn begins() -> Value {
+    json!({ "match": { "op": "in", "left": { "ct": { "key": "state" } }, "right": "new" } })
+}
+
+/// Matches connections that take no hop in either direction.
+pub(super) fn not_steered() -> Value {
+    equal(
+        json!({ "&": [{ "ct": { "key": "mark" } }, Mark::MASK.bits()] }),
+        0,
+    )
 }

@@ -11,10 +11,10 @@
 
 use std::net::IpAddr;
 
-use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::{Direction, Entry, Mark, TcpInfo, Tuple};
+use super::{Direction, Entry, Mark, Status, TcpInfo, Tuple};
+use crate::podman::Subnet;
 use crate::tunnel::HopId;
 
 /// Who sent the first packet.
@@ -32,9 +32,9 @@ pub enum Opening {
 #[serde(rename_all = "kebab-case")]
 pub enum CannotKeep {
     /// The peer, as the container sees it, is on the container's own network: it reaches the
-    /// container's address without the host, and the container it. The bridge's own address
-    /// stands there for programs on the host and for other containers that go through a published
-    /// port and are masqueraded.
+    /// container's address without the host, and the container it. (The network's gateway is not
+    /// meant, which stands there for programs on the host and for other containers that go through
+    /// a published port and are masqueraded: see [`alias`](super::alias).)
     #[error("its peer is on the container's own network")]
     PeerOnBridge,
     /// Both ends are the container.
@@ -88,21 +88,32 @@ impl Flow {
         }
     }
 
-    /// Whether the connection can follow the container, whose networks are given.
-    pub fn keepable(&self, networks: &[IpNetwork]) -> Result<(), CannotKeep> {
+    /// Whether the connection can follow the container, whose networks' subnets are given.
+    pub fn keepable(&self, subnets: &[Subnet]) -> Result<(), CannotKeep> {
         if self.peer() == self.container
             || (self.entry.original.source == self.container
                 && self.entry.reply.source == self.container)
         {
             return Err(CannotKeep::PeerIsItself);
         }
-        if networks.iter().any(|network| network.contains(self.peer())) {
+        let peer = self.peer();
+        let direct = |subnet: &Subnet| subnet.subnet.contains(peer) && subnet.gateway != Some(peer);
+        if subnets.iter().any(direct) {
             return Err(CannotKeep::PeerOnBridge);
         }
         if matches!(self.seen.protocol, super::Protocol::Other { .. }) {
             return Err(CannotKeep::Protocol);
         }
         Ok(())
+    }
+
+    /// Whether the kernel forgets the connection when its packets begin to take a hop: its source
+    /// is translated, as a rule by `masquerade`, which ties it to the bridge that its packets leave
+    /// by. See [`Table::pin_all`](super::Table::pin_all).
+    ///
+    /// A connection that the container opened keeps its way out.
+    pub fn is_tied_to_interface(&self) -> bool {
+        self.opening == Opening::Inbound && self.entry.status.has(Status::SOURCE_NAT)
     }
 
     /// The direction of the packets that go to the container.
@@ -156,11 +167,7 @@ impl Flow {
             status: self.entry.status.portable(),
             timeout: self.entry.timeout,
             mark: Mark::to(back, hop),
-            tcp: self.entry.tcp.map(|tcp| TcpInfo {
-                state: tcp.state,
-                original: tcp.original.liberal(),
-                reply: tcp.reply.liberal(),
-            }),
+            tcp: self.entry.tcp.map(TcpInfo::liberal),
             sctp: self.entry.sctp,
             counters: None,
             zone: 0,
@@ -175,7 +182,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::{Protocol, Status, TcpSide, TcpState};
+    use super::super::{Protocol, TcpSide, TcpState};
     use super::*;
 
     fn tuple(source: &str, sport: u16, destination: &str, dport: u16) -> Tuple {
@@ -213,6 +220,14 @@ mod tests {
         }
     }
 
+    fn subnet() -> Subnet {
+        Subnet {
+            subnet: "10.88.0.0/16".parse().unwrap(),
+            gateway: Some("10.88.0.1".parse().unwrap()),
+            lease_range: None,
+        }
+    }
+
     fn container() -> IpAddr {
         "10.88.0.5".parse().unwrap()
     }
@@ -226,7 +241,7 @@ mod tests {
         let flow = entry.flow_of(container()).unwrap();
         assert_eq!(flow.opening, Opening::Inbound);
         assert_eq!(flow.seen, tuple("192.0.2.9", 40000, "10.88.0.5", 80));
-        assert_eq!(flow.keepable(&["10.88.0.0/16".parse().unwrap()]), Ok(()));
+        assert_eq!(flow.keepable(&[subnet()]), Ok(()));
         let hop = HopId::try_from(4).unwrap();
         assert_eq!(
             flow.steering(Some(hop)),
@@ -274,24 +289,23 @@ mod tests {
 
     #[test]
     fn peers_on_the_bridge_are_told_apart() {
-        let network: IpNetwork = "10.88.0.0/16".parse().unwrap();
+        let keepable = |entry: &Entry| entry.flow_of(container()).unwrap().keepable(&[subnet()]);
         // A program on the host, through the published port: seen as the bridge's address.
         let local = entry(
             tuple("127.0.0.1", 40000, "127.0.0.1", 8080),
             tuple("10.88.0.5", 80, "10.88.0.1", 40000),
         );
-        assert_eq!(
-            local.flow_of(container()).unwrap().keepable(&[network]),
-            Err(CannotKeep::PeerOnBridge)
+        assert_eq!(keepable(&local), Ok(()));
+        let direct = entry(
+            tuple("10.88.0.7", 40000, "10.88.0.5", 80),
+            tuple("10.88.0.5", 80, "10.88.0.7", 40000),
         );
+        assert_eq!(keepable(&direct), Err(CannotKeep::PeerOnBridge));
         let itself = entry(
             tuple("10.88.0.5", 40000, "198.51.100.1", 8080),
             tuple("10.88.0.5", 80, "10.88.0.1", 40000),
         );
-        assert_eq!(
-            itself.flow_of(container()).unwrap().keepable(&[network]),
-            Err(CannotKeep::PeerIsItself)
-        );
+        assert_eq!(keepable(&itself), Err(CannotKeep::PeerIsItself));
         assert_eq!(local.flow_of("10.88.0.6".parse().unwrap()), None);
     }
 

@@ -39,7 +39,7 @@ impl Gate {
         let mut commands = ruleset::base();
         commands.extend(add_empty(&chain));
         let jump = json!({ "jump": { "target": chain } });
-        commands.push(ruleset::named_rule(ruleset::NEW, &chain, &[jump]));
+        commands.push(ruleset::named_rule(ruleset::NEW[0], &chain, &[jump]));
         for address in &self.addresses {
             let statements = [
                 equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),

@@ -21,8 +21,10 @@
 //! | [`Table`] | the kernel's table: dump, insert, mark, delete, events |
 //! | [`Flow`] | an entry as seen from the container: who opened it, what each host has to do |
 //! | [`steer`] | the nftables rules that turn marks into routes, and guard the hops |
+//! | [`alias`] | other names for peers whose address the destination has too |
 //! | [`hold`] | keeping packets in the kernel while the container is nowhere |
 
+pub mod alias;
 mod entry;
 mod error;
 mod events;
@@ -31,6 +33,7 @@ mod flow;
 mod gate;
 pub mod hold;
 mod mark;
+mod published;
 mod ruleset;
 pub mod steer;
 mod table;

@@ -29,24 +29,52 @@ use crate::netlink::{self, Attributes, Body, Channel, Request};
 
 /// The name of livemig's table.
 pub const TABLE: &str = "livemig";
-/// Holds what is new, before conntrack.
-pub(super) const NEW: &str = "new";
+/// Gives packets their real destination back that a hop could not carry with it.
+pub(super) const UNALIAS: &str = "unalias";
+/// Holds what is new, before conntrack; of packets that come in, and of those of programs here.
+pub(super) const NEW: [&str; 2] = ["new", "new_output"];
 /// Holds what conntrack knows.
-pub(super) const ESTABLISHED: &str = "established";
+pub(super) const ESTABLISHED: [&str; 2] = ["established", "established_output"];
+/// Decides about connections that begin: see [`fence`](super::fence), [`forward`](super::forward).
+pub(super) const ARRIVALS: [&str; 2] = ["arrivals", "arrivals_output"];
 /// Guards and steers.
 pub(super) const STEER: &str = "steer";
-/// Translates nothing. The kernel translates packets, also those of old connections, only while
-/// there is some chain of type nat: this one keeps the bindings of containers that have left alive
-/// when the last one of somebody else's goes.
-const TRANSLATE: &str = "translate";
+/// Steers what programs of this host send.
+pub(super) const STEER_OUTPUT: &str = "steer_output";
+/// Carries connections that begin to another host.
+pub(super) const FORWARD: [&str; 2] = ["forward", "forward_output"];
+/// Translates sources of what is carried to another host, and as a rule nothing. The kernel
+/// translates packets, also those of old connections, only while there is some chain of type nat:
+/// this one keeps the bindings of containers that have left alive when the last one of somebody
+/// else's goes.
+pub(super) const TRANSLATE: &str = "translate";
 /// The chains that belong to no hop and to no hold: their names, types, hooks and priorities.
-const BASE_CHAINS: [(&str, &str, &str, i32); 4] = [
-    (NEW, "filter", "prerouting", super::hold::NEW_PRIORITY),
-    (ESTABLISHED, "filter", "prerouting", super::hold::PRIORITY),
+///
+/// What programs of this host send goes through `output` instead of `prerouting`. A chain of type
+/// `route` has packets routed again that it marks.
+const BASE_CHAINS: [(&str, &str, &str, i32); 12] = [
+    (UNALIAS, "filter", "prerouting", super::alias::PRIORITY),
+    (NEW[0], "filter", "prerouting", super::hold::NEW_PRIORITY),
+    (NEW[1], "filter", "output", super::hold::NEW_PRIORITY),
+    (
+        ESTABLISHED[0],
+        "filter",
+        "prerouting",
+        super::hold::PRIORITY,
+    ),
+    (ESTABLISHED[1], "filter", "output", super::hold::PRIORITY),
+    (ARRIVALS[0], "filter", "prerouting", ARRIVALS_PRIORITY),
+    (ARRIVALS[1], "filter", "output", ARRIVALS_PRIORITY),
     (STEER, "filter", "prerouting", super::steer::PRIORITY),
+    (STEER_OUTPUT, "route", "output", super::steer::PRIORITY),
+    // Just before `NF_IP_PRI_NAT_DST` of `linux/netfilter_ipv4.h`, where Podman's ports are.
+    (FORWARD[0], "nat", "prerouting", -101),
+    (FORWARD[1], "nat", "output", -101),
     // `NF_IP_PRI_NAT_SRC` of `linux/netfilter_ipv4.h`.
     (TRANSLATE, "nat", "postrouting", 100),
 ];
+/// Behind the holds, for what they let go, and before steering.
+const ARRIVALS_PRIORITY: i32 = -145;
 /// How long `nft` may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a removal is tried while others change the rule set.
@@ -92,6 +120,11 @@ pub(super) fn named_rule(chain: &str, name: &str, statements: &[Value]) -> Value
 /// What nftables calls the protocol of an address.
 pub(super) fn ip(address: &IpAddr) -> &'static str {
     if address.is_ipv6() { "ip6" } else { "ip" }
+}
+
+/// Commands that have both chains of a pair jump to `chain`, in rules named like it.
+pub(super) fn jumps(from: [&str; 2], chain: &str) -> [Value; 2] {
+    from.map(|base| named_rule(base, chain, &[json!({ "jump": { "target": chain } })]))
 }
 
 /// A field of a packet's header.
@@ -288,6 +321,26 @@ impl Rules {
     /// Appends a rule to `chain` that jumps to another, without another start of nft.
     pub(super) fn add_jump(&mut self, doing: &'static str, chain: &str, to: &str) -> Result<()> {
         Ok(self.commit(doing, None, vec![expression_rule(chain, &jump(to))])?)
+    }
+
+    /// The keys of a set or map; none if it is not there.
+    pub(super) fn keys(&mut self, set: &str) -> Result<Vec<Vec<u8>>> {
+        let mut body = Body::netfilter(NFPROTO_INET, 0);
+        body.text(nft::ELEMENTS_TABLE, TABLE)
+            .text(nft::ELEMENTS_SET, set);
+        let request = Request::new(nft::GETSETELEM, body);
+        let listed = self.0.dump("list elements", &request, |found, message| {
+            let lists = Attributes::after(message.body, 4).filter(|a| a.kind == nft::ELEMENTS);
+            for element in lists.flat_map(|list| list.nested()) {
+                let key = element.nested().find(|a| a.kind == nft::ELEMENT_KEY);
+                let value = key.and_then(|key| key.nested().find(|a| a.kind == nft::DATA_VALUE));
+                found.extend(value.map(|value| value.value.to_vec()));
+            }
+        });
+        match listed {
+            Err(e) if e.errno() == Some(Errno::NOENT) => Ok(Vec::new()),
+            listed => Ok(listed?),
+        }
     }
 
     /// The handles of the rules of the base chains that carry one of these names as their comment,
@@ -522,7 +575,16 @@ pub(super) fn add_element(set: &str, key: &[u8]) -> Request {
     Request::new(nft::NEWSETELEM, element(set, key)).with(NlmF::CREATE)
 }
 
+/// The same of a map.
+pub(super) fn add_mapping(map: &str, key: &[u8], value: &[u8]) -> Request {
+    Request::new(nft::NEWSETELEM, mapping(map, key, Some(value))).with(NlmF::CREATE)
+}
+
 fn element(set: &str, key: &[u8]) -> Body {
+    mapping(set, key, None)
+}
+
+fn mapping(set: &str, key: &[u8], value: Option<&[u8]>) -> Body {
     let mut body = Body::netfilter(NFPROTO_INET, 0);
     body.text(nft::ELEMENTS_TABLE, TABLE)
         .text(nft::ELEMENTS_SET, set)
@@ -531,6 +593,11 @@ fn element(set: &str, key: &[u8]) -> Body {
                 element.nest(nft::ELEMENT_KEY, |data| {
                     data.leaf(nft::DATA_VALUE, key);
                 });
+                if let Some(value) = value {
+                    element.nest(nft::ELEMENT_DATA, |data| {
+                        data.leaf(nft::DATA_VALUE, value);
+                    });
+                }
             });
         });
     body

@@ -20,8 +20,15 @@
 //!     ct mark & 0xffff0000 != 0 ip daddr @admitted3 return        # (and the same for IPv6)
 //!     drop
 //!   }
+//!   chain steer_output {          # the same for programs of this host
+//!     type route hook output priority -140
+//!     ct direction original ct mark & 0xff000000 vmap @original
+//!     ct direction reply ct mark & 0x00ff0000 vmap @reply
+//!   }
 //!   chain into3 {                 # into the hop, unless it just came out of it
-//!     iifname != "livemig3" meta mark set meta mark & 0x00ffffff | 0x03000000
+//!     iifname == "livemig3" return
+//!     ...                         # see the module `alias`
+//!     meta mark set meta mark & 0x00ffffff | 0x03000000
 //!   }
 //! }
 //! ```
@@ -39,7 +46,8 @@ use std::net::IpAddr;
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::ruleset::{self, Rules, STEER, add, add_empty, payload, rule};
+use super::alias;
+use super::ruleset::{self, Rules, STEER, STEER_OUTPUT, add, add_empty, payload, rule};
 use super::{Direction, Mark, Result};
 use crate::tunnel::HopId;
 
@@ -124,17 +132,21 @@ pub async fn install(hop: HopId) -> Result<()> {
         STEER,
         &[json!({ "vmap": { "key": { "meta": { "key": "iifname" } }, "data": "@guard" } })],
     ));
-    for direction in directions {
-        commands.push(rule(
-            STEER,
-            &[
-                ct_direction(direction),
-                json!({ "vmap": {
-                    "key": ct_mark(direction), "data": format!("@{}", name(direction)),
-                } }),
-            ],
-        ));
+    commands.push(ruleset::flush(STEER_OUTPUT));
+    for chain in [STEER, STEER_OUTPUT] {
+        for direction in directions {
+            commands.push(rule(
+                chain,
+                &[
+                    ct_direction(direction),
+                    json!({ "vmap": {
+                        "key": ct_mark(direction), "data": format!("@{}", name(direction)),
+                    } }),
+                ],
+            ));
+        }
     }
+    commands.extend(alias::commands());
     commands.extend(add_empty(&guard));
     for direction in directions {
         // What comes out of a hop towards the container is a flow whose other direction goes back
@@ -178,16 +190,21 @@ pub async fn install(hop: HopId) -> Result<()> {
         &into,
         &[
             json!({ "match": {
-                "op": "!=", "left": { "meta": { "key": "iifname" } }, "right": interface,
+                "op": "==", "left": { "meta": { "key": "iifname" } }, "right": interface,
             } }),
-            json!({ "mangle": {
-                "key": { "meta": { "key": "mark" } },
-                "value": { "|": [
-                    { "&": [{ "meta": { "key": "mark" } }, !PACKET_MASK] },
-                    packet_mark(hop),
-                ] },
-            } }),
+            json!({ "return": null }),
         ],
+    ));
+    commands.extend(alias::rules(&into));
+    commands.push(rule(
+        &into,
+        &[json!({ "mangle": {
+            "key": { "meta": { "key": "mark" } },
+            "value": { "|": [
+                { "&": [{ "meta": { "key": "mark" } }, !PACKET_MASK] },
+                packet_mark(hop),
+            ] },
+        } })],
     ));
     let element = |map: &str, key: Value, chain: &str| {
         add(

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::entry::naming;
 use super::wire::{self, AF_INET, AF_INET6, AF_UNSPEC, cta, filter};
-use super::{Entry, Error, Events, Mark, Result, Tuple};
+use super::{Change, Entry, Error, Events, Mark, Result, TcpInfo, Tuple};
 use crate::netlink::{self, Body, Channel, Namespace, Request};
 
 /// Which addresses.
@@ -167,6 +167,45 @@ impl Table {
         .await
     }
 
+    /// Makes connections over again whose packets are going to leave by another interface, with
+    /// marks as in [`set_mark_all`](Table::set_mark_all). Returns what became of each, in order.
+    ///
+    /// A connection that a rule `masquerade` has translated is forgotten by the kernel, and its
+    /// packet dropped, as soon as one leaves by another interface than the first did
+    /// (`nf_nat_oif_changed` of `net/netfilter/nf_nat_core.c`), or when that interface goes. One that
+    /// was inserted with the same translation is tied to none.
+    ///
+    /// For microseconds the kernel does not know the connection: the caller must keep its packets of
+    /// both directions from conntrack. Packets that it has looked up before are dropped after.
+    pub async fn pin_all(&self, entries: Vec<(Entry, Mark, Mark)>) -> Result<Vec<Result<()>>> {
+        const DOING: &str = "make connections over again";
+        self.with(DOING, move |channel| {
+            // Both requests of a connection go in one message: a window has room for whole pairs.
+            let requests = entries.iter().flat_map(|(entry, mark, mask)| {
+                let mut pinned = entry.clone();
+                pinned.mark = entry.mark.with(*mark, *mask);
+                pinned.tcp = entry.tcp.map(TcpInfo::liberal);
+                let new = Request::new(wire::CT_NEW, pinned.encode_translated());
+                [
+                    Request::new(wire::CT_DELETE, naming(&entry.original, entry.zone)),
+                    new.with(NlmF::CREATE | NlmF::EXCL),
+                ]
+            });
+            let outcomes = channel.ask_all(DOING, requests)?;
+            let mut outcomes = outcomes.into_iter();
+            let mut done = Vec::with_capacity(entries.len());
+            for (entry, ..) in &entries {
+                let (deleted, made) = (outcomes.next(), outcomes.next());
+                let both = deleted.unwrap_or(Ok(())).and(made.unwrap_or(Ok(())));
+                done.push(
+                    both.map_err(|source| refused("make over again", &entry.original, source)),
+                );
+            }
+            Ok(done)
+        })
+        .await
+    }
+
     /// Makes the kernel forget a connection. It is no error if it has already.
     pub async fn delete(&self, original: &Tuple) -> Result<()> {
         self.delete_all(vec![*original])
@@ -197,10 +236,10 @@ impl Table {
         .await
     }
 
-    /// What happens to connections from now on, read from a socket of its own. Needs a tokio
+    /// These changes to connections from now on, read from a socket of its own. Needs a tokio
     /// runtime.
-    pub fn events(&self) -> Result<Events> {
-        Events::open(&self.namespace)
+    pub fn events(&self, changes: &[Change]) -> Result<Events> {
+        Events::open(&self.namespace, changes)
     }
 }
 

@@ -32,11 +32,13 @@ pub mod cta {
     pub const TUPLE_REPLY: u16 = 2;
     pub const STATUS: u16 = 3;
     pub const PROTOINFO: u16 = 4;
+    pub const NAT_SRC: u16 = 6;
     pub const TIMEOUT: u16 = 7;
     pub const MARK: u16 = 8;
     pub const COUNTERS_ORIG: u16 = 9;
     pub const COUNTERS_REPLY: u16 = 10;
     pub const ID: u16 = 12;
+    pub const NAT_DST: u16 = 13;
     pub const ZONE: u16 = 18;
     pub const MARK_MASK: u16 = 21;
     pub const FILTER: u16 = 25;
@@ -92,6 +94,17 @@ pub mod protoinfo {
     pub const SCTP_VTAG_REPLY: u16 = 3;
 }
 
+/// `enum ctattr_nat`, `enum ctattr_protonat`.
+pub mod nat {
+    pub const V4_MINIP: u16 = 1;
+    pub const V4_MAXIP: u16 = 2;
+    pub const PROTO: u16 = 3;
+    pub const V6_MINIP: u16 = 4;
+    pub const V6_MAXIP: u16 = 5;
+    pub const PORT_MIN: u16 = 1;
+    pub const PORT_MAX: u16 = 2;
+}
+
 /// `enum ctattr_counters`.
 pub mod counters {
     pub const PACKETS: u16 = 1;
@@ -144,6 +157,7 @@ pub mod nft {
     pub const DELRULE: u16 = NFTABLES | 8;
     pub const DELSET: u16 = NFTABLES | 11;
     pub const NEWSETELEM: u16 = NFTABLES | 12;
+    pub const GETSETELEM: u16 = NFTABLES | 13;
     pub const DELSETELEM: u16 = NFTABLES | 14;
     pub const GETGEN: u16 = NFTABLES | 16;
 

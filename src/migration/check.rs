@@ -12,7 +12,7 @@ use ipnetwork::IpNetwork;
 use crate::agent::protocol::{Assessment, Offer};
 use crate::conntrack::Flow;
 use crate::criu::{self, Code, Features, Finding, Freezer, Side, processes};
-use crate::podman::{Client, Container, HostInfo, Mode, Mount, Network, Status};
+use crate::podman::{Client, Container, HostInfo, Mode, Mount, Network, Status, Subnet};
 use crate::{Error, Result, tunnel};
 
 /// Ends with an error if a finding says no.
@@ -299,11 +299,11 @@ fn unkeepable(
 }
 
 /// The subnets of a container's networks.
-pub(super) fn subnets(networks: &[Network]) -> Vec<IpNetwork> {
+pub(super) fn subnets(networks: &[Network]) -> Vec<Subnet> {
     networks
         .iter()
         .flat_map(|network| &network.subnets)
-        .map(|subnet| subnet.subnet)
+        .cloned()
         .collect()
 }
 

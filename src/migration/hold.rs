@@ -27,10 +27,11 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     let pid = container.pid.ok_or(Error::OutOfOrder("process"))?;
     let addresses: Vec<_> = container.addresses().collect();
     let on_a_network = !addresses.is_empty();
+    let ports: Vec<_> = container.ports.iter().filter_map(held_ports).collect();
     // Bound before it is written down: whoever else migrates now gets another one.
     let reserved = on_a_network.then(Reserved::first_free).transpose()?;
     let spec = reserved.as_ref().map(|reserved| HoldSpec {
-        ports: container.ports.iter().filter_map(held_ports).collect(),
+        ports: ports.clone(),
         hop: Some(hop),
         packets: config.hold_packets,
         bytes: config.hold_bytes,
@@ -40,6 +41,7 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     let fence = on_a_network.then(|| Fence {
         container: container.id.clone(),
         addresses: addresses.clone(),
+        ports,
     });
     let destination = Effect::Destination {
         peer: migration.request.to.clone(),
@@ -73,7 +75,12 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     if let (Some(reserved), Some(spec)) = (reserved, spec) {
         let hold = reserved.prepare(spec).await?;
         migration.hands.namespace = Some(Namespace::of_pid(pid)?);
-        let hold = migration.hands.hold.insert(hold);
+        migration.hands.holds.push(hold);
+        let hold = migration
+            .hands
+            .holds
+            .last_mut()
+            .ok_or(Error::OutOfOrder("hold"))?;
         hold.hold_newcomers()?;
         drainage.opening().await?;
         let begun = Instant::now();

@@ -6,7 +6,7 @@
 use super::{Migration, check, home};
 use crate::Result;
 use crate::conntrack::hold::{Pace, Rate, To};
-use crate::conntrack::{Flow, Table};
+use crate::conntrack::{Flow, Table, alias};
 use crate::netlink::Namespace;
 use crate::podman::{Container, Network};
 use crate::tunnel::HopId;
@@ -31,12 +31,25 @@ pub(super) async fn mark(
         flows.extend(of_it.filter(|flow| flow.keepable(&subnets).is_ok()));
     }
     // One that came by this very hop goes home, and does not come back here.
-    let goes_home = |flow: &&Flow| flow.came_by() == Some(hop);
-    let marks = flows.iter().filter(|flow| !goes_home(flow)).map(|flow| {
+    let leaving: Vec<&Flow> = flows
+        .iter()
+        .filter(|flow| flow.came_by() != Some(hop))
+        .collect();
+    alias::remember(&alias::of_flows(leaving.iter().copied(), &subnets))?;
+    let (tied, free): (Vec<&Flow>, _) = leaving
+        .into_iter()
+        .partition(|flow| flow.is_tied_to_interface());
+    let tied = tied.into_iter().map(|flow| {
+        let (mark, mask) = flow.steering(Some(hop));
+        (flow.entry.clone(), mark, mask)
+    });
+    let free = free.into_iter().map(|flow| {
         let (mark, mask) = flow.steering(Some(hop));
         (flow.entry.original, mark, mask)
     });
-    for marked in table.set_mark_all(marks.collect()).await? {
+    let mut outcomes = table.pin_all(tied.collect()).await?;
+    outcomes.extend(table.set_mark_all(free.collect()).await?);
+    for marked in outcomes {
         match marked {
             // It ended since it was read.
             Err(error) if error.is_gone() => {}
@@ -54,12 +67,17 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
     }
+    // What begins anew waits until it is let go, and then finds nobody here.
+    if let Some(fence) = &migration.fence {
+        let refused = fence.refuse();
+        migration.note("refusing new connections", refused.map_err(Into::into));
+    }
     if migration.comes_home {
         let released = home::release_there(migration).await;
         migration.note("letting packets go at the destination", released);
     }
     // A container without an address has no packets.
-    if let Some(hold) = migration.hands.hold.take() {
+    if let Some(hold) = migration.hands.holds.pop() {
         match hold
             .release(To::Destination, Pace::Rate(Rate::default()))
             .await

@@ -22,16 +22,24 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How many packets may wait for the device process. The default of a tun, 500, is overrun by a
 /// release of held packets while the process has not been scheduled yet; what does not fit is lost.
-const QUEUE_LENGTH: u32 = 4096;
+/// A release may be tens of thousands of small ones. Streams do not fill this: what they have under
+/// way is bounded by their windows.
+const QUEUE_LENGTH: u32 = 32_768;
 
 /// What the kernel has to be told for an interface of ours; all of it goes with the interface.
 ///
 /// ip-sysctl.rst in the kernel's documentation says what each does.
-const PARAMETERS_V4: [(&str, &str); 4] = [
+const PARAMETERS_V4: [(&str, &str); 6] = [
     // Packets come in whose way back is another interface (the anchor's own bridge, the other
     // host's uplink): loose, not strict. The larger of this and `all` counts, and 2 is the largest.
     ("rp_filter", "2"),
     ("forwarding", "1"),
+    // What comes from a peer that has an address of this host's too (`conntrack::alias`): without
+    // it, the kernel takes such a source for a lie. The guard knows better what may come out.
+    ("accept_local", "1"),
+    // A program of this host that is connected by 127.0.0.1: this is the address of its packets,
+    // before their source and after their destination was translated, when their way is looked for.
+    ("route_localnet", "1"),
     // A peer steers nothing but what is handed over to it.
     ("accept_redirects", "0"),
     ("send_redirects", "0"),

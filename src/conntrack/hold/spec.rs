@@ -1,12 +1,12 @@
 //! What is to be held, as a value, and the rules that it becomes.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{DEFAULT_BYTES, DEFAULT_PACKETS};
+use crate::conntrack::published;
 use crate::conntrack::ruleset::{self, add_empty, equal, ip, payload, rule};
 use crate::conntrack::{Error, Result};
 use crate::tunnel::HopId;
@@ -42,13 +42,8 @@ pub enum Side {
     /// destination sends out of the hop.
     #[default]
     Leaving,
-    /// Where it arrives: what comes out of a hop for it.
-    Arriving {
-        /// Whether flows of it are known here from an earlier stay. Then what their peers send
-        /// waits too, until nothing more comes out of the hop, and so does what the container
-        /// itself sends.
-        home: bool,
-    },
+    /// Where it arrives: the datagrams that come out of a hop for it.
+    Arriving,
     /// Where connections of it began, to which it comes home: what their peers send, and what the
     /// container itself sends, but nothing that comes out of a hop.
     Home,
@@ -141,12 +136,11 @@ impl HoldSpec {
             commands.extend(add_empty(&chain));
         }
         for (base, chain) in [(ruleset::NEW, &new), (ruleset::ESTABLISHED, &established)] {
-            let jump = json!({ "jump": { "target": chain } });
-            commands.push(ruleset::named_rule(base, chain, &[jump]));
+            commands.extend(ruleset::jumps(base, chain));
         }
         match self.side {
             Side::Leaving => self.leaving(&mut commands),
-            Side::Arriving { home } => self.arriving(home, &mut commands),
+            Side::Arriving => self.arriving(&mut commands),
             Side::Home => self.home(&mut commands),
         }
         commands
@@ -158,7 +152,7 @@ impl HoldSpec {
         let known = goto(&self.queue_chain());
         let released = json!({ "return": null });
         for (chain, verdict) in [(&new, &newcomer), (&established, &released)] {
-            for mut statements in self.published(PortProtocol::Tcp) {
+            for mut statements in published::matches(&self.ports, PortProtocol::Tcp) {
                 statements.insert(
                     0,
                     equal(
@@ -187,7 +181,7 @@ impl HoldSpec {
                 commands.push(rule(&established, &statements));
             }
         }
-        for mut statements in self.published(PortProtocol::Udp) {
+        for mut statements in published::matches(&self.ports, PortProtocol::Udp) {
             statements.insert(
                 0,
                 json!({ "match": {
@@ -199,39 +193,17 @@ impl HoldSpec {
         }
     }
 
-    fn arriving(&self, home: bool, commands: &mut Vec<Value>) {
+    fn arriving(&self, commands: &mut Vec<Value>) {
         let established = self.established_chain();
-        let known = goto(&self.queue_chain());
-        let out_of_a_hop = |op: &str| {
-            json!({ "match": {
-                "op": op, "left": { "meta": { "key": "iifname" } }, "right": "livemig*",
-            } })
-        };
         for address in &self.addresses {
-            let mut statements = vec![
-                out_of_a_hop("=="),
+            let statements = [
+                equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),
                 equal(payload(ip(address), "daddr"), address),
-            ];
-            if !home {
                 // TCP has windows of its own; only datagrams have to be let in at a pace.
-                statements.push(equal(json!({ "meta": { "key": "l4proto" } }), "udp"));
-            }
-            statements.push(known.clone());
+                equal(json!({ "meta": { "key": "l4proto" } }), "udp"),
+                goto(&self.queue_chain()),
+            ];
             commands.push(rule(&established, &statements));
-            if home {
-                let own = [
-                    out_of_a_hop("!="),
-                    equal(payload(ip(address), "saddr"), address),
-                    known.clone(),
-                ];
-                commands.push(rule(&established, &own));
-                for flow in flows_of(address) {
-                    let mut statements = vec![out_of_a_hop("!=")];
-                    statements.extend(flow);
-                    statements.push(known.clone());
-                    commands.push(rule(&established, &statements));
-                }
-            }
         }
     }
 
@@ -251,42 +223,6 @@ impl HoldSpec {
                 commands.push(rule(&established, &statements));
             }
         }
-    }
-
-    /// What matches packets to the published ports of a protocol: a list of statements for each
-    /// address that ports are bound to.
-    fn published(&self, protocol: PortProtocol) -> Vec<Vec<Value>> {
-        let mut by_address: BTreeMap<Option<IpAddr>, Vec<Value>> = BTreeMap::new();
-        for ports in self.ports.iter().filter(|p| p.protocol == protocol) {
-            by_address
-                .entry(ports.address.filter(|a| !a.is_unspecified()))
-                .or_default()
-                .push(if ports.first == ports.last {
-                    json!(ports.first)
-                } else {
-                    json!({ "range": [ports.first, ports.last] })
-                });
-        }
-        let name = match protocol {
-            PortProtocol::Tcp => "tcp",
-            PortProtocol::Udp => "udp",
-        };
-        by_address
-            .into_iter()
-            .map(|(address, ports)| {
-                let mut statements = vec![
-                    equal(payload(name, "dport"), json!({ "set": ports })),
-                    equal(
-                        json!({ "fib": { "result": "type", "flags": ["daddr"] } }),
-                        json!("local"),
-                    ),
-                ];
-                if let Some(address) = address {
-                    statements.insert(0, equal(payload(ip(&address), "daddr"), json!(address)));
-                }
-                statements
-            })
-            .collect()
     }
 }
 
