@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::tunnel;
+use crate::{conntrack, tunnel};
 
 /// Paths and bounds of livemig on this host.
 ///
@@ -21,8 +21,15 @@ pub struct Config {
     pub program: PathBuf,
     /// First UDP port tried for a tunnel; the next free one above it is taken.
     pub tunnel_port: u16,
-    /// How many packets may wait in the kernel during one migration. Above it the newest are dropped.
+    /// How many packets may wait in the kernel during one migration. What happens above it says
+    /// [`Request::when_full`](crate::Request::when_full).
     pub hold_packets: u32,
+    /// How many bytes of packets may wait, headers included; the kernel needs about 1 KiB more for
+    /// each.
+    pub hold_bytes: u64,
+    /// How long the container's sockets may take to run empty before it is frozen. What is not read
+    /// by then is lost, and in the report.
+    pub drain_timeout: Duration,
     /// How long the destination may take to say that the container runs, from the moment it has
     /// everything.
     pub restore_timeout: Duration,
@@ -70,7 +77,9 @@ impl Default for Config {
             run_dir: "/run/livemig".into(),
             program: program(),
             tunnel_port: tunnel::Settings::FIRST_PORT,
-            hold_packets: 65_536,
+            hold_packets: conntrack::hold::DEFAULT_PACKETS,
+            hold_bytes: conntrack::hold::DEFAULT_BYTES,
+            drain_timeout: Duration::from_millis(100),
             restore_timeout: Duration::from_secs(300),
             freeze_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),

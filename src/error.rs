@@ -54,6 +54,17 @@ pub enum Error {
         "phase {0} cannot be rehearsed: once packets are let go, peers have heard the container at the destination, and there is no way back"
     )]
     NotRehearsable(Phase),
+    /// More packets came than may wait.
+    #[error(
+        "so much was sent to the container that it did not fit into the {packets} packets and {} MiB that may wait",
+        bytes >> 20
+    )]
+    HoldFull {
+        /// How many packets may wait.
+        packets: u32,
+        /// How many bytes of packets may wait.
+        bytes: u64,
+    },
     /// A step failed, and what came before it was undone.
     #[error("{}; {}", with_sources(cause.as_ref()), aftermath(leftovers))]
     RolledBack {
@@ -251,6 +262,7 @@ impl Error {
             Error::Busy { .. } => "busy",
             Error::Interrupted(_) => "interrupted",
             Error::Rehearsed(_) => "rehearsed",
+            Error::HoldFull { .. } => "hold-full",
             Error::RolledBack { cause, .. } => cause.code(),
             Error::InDoubt { .. } => "in-doubt",
             Error::Podman(error) if error.is_not_found() => "not-found",
@@ -300,6 +312,11 @@ impl Error {
                 Some("the last phase that can be rehearsed is restore".to_owned())
             }
             Error::Busy { .. } => Some("wait for it to end, or stop that process".to_owned()),
+            Error::HoldFull { .. } => Some(
+                "try again when less is sent, allow more with --hold-packets and --hold-mib, or let \
+                 the newest be dropped with --when-full drop"
+                    .to_owned(),
+            ),
             Error::RolledBack { cause, .. } => cause.hint(),
             Error::InDoubt { destination, .. } => Some(format!(
                 "see to it that {destination} answers, then run `livemig recover` here"

@@ -84,6 +84,27 @@ async fn clients_on_the_hosts_themselves_go_on() {
     );
     assert_eq!(report["warnings"], serde_json::json!([]), "{report}");
 
+    // The same with datagrams, none of which is sent again.
+    h1.run_workload("dgram", &["-p", "8081:7000/udp"], &["udp-echo", "7000"])
+        .await;
+    let udp = ["client-udp", &ip, "8081", "--rate", "500"];
+    let from_loopback = ["client-udp", "127.0.0.1", "8081", "--rate", "500"];
+    let datagrams = [
+        ("loopback", h1.spawn(&from_loopback).await),
+        ("own address", h1.spawn(&udp).await),
+        ("at the destination", h2.spawn(&udp).await),
+        ("outside", c1.spawn(&udp).await),
+    ];
+    let asking = ClientContainer::start(h1, "asking", &[], &udp).await;
+    let report = pair.migrate("dgram", 1, 2).await;
+    pair.assert_moved("dgram", 1, 2, &report).await;
+    println!("{}", report["held"]);
+    for (whose, client) in datagrams {
+        println!("{whose}");
+        assert_nothing_lost(&client.stop().await);
+    }
+    assert_nothing_lost(&asking.stop().await);
+
     println!("outside");
     assert_went_on(&outside.stop().await, 1);
     println!("loopback");

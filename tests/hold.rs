@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use livemig::conntrack::hold::{self, HeldPorts, Hold, HoldSpec, PortProtocol, To};
+use livemig::conntrack::hold::{self, HeldPorts, Hold, HoldSpec, Pace, PortProtocol, To};
 use livemig::conntrack::{Table, steer};
 use livemig::netlink::Namespace;
 use livemig::tunnel::HopId;
@@ -37,6 +37,12 @@ fn spec() -> HoldSpec {
         hop: Some(hop(3)),
         ..HoldSpec::new(QUEUE, vec![address("10.88.0.5"), address("fd00:88::5")])
     }
+}
+
+/// Releases everything at once, and waits until the rules are gone.
+async fn release(hold: Hold, to: To) -> hold::HoldReport {
+    let released = hold.release(to, Pace::Unpaced).await.unwrap();
+    released.clear().await.unwrap()
 }
 
 fn udp(net: &Namespace, bind: &str) -> UdpSocket {
@@ -91,7 +97,7 @@ fn datagrams_are_held_and_then_delivered_in_order_and_nothing_is_left_behind() {
             let server = server.try_clone().unwrap();
             move || (0..1100).map(|_| number(&server)).collect::<Vec<_>>()
         });
-        let report = hold.release(To::Destination).await.unwrap();
+        let report = release(hold, To::Destination).await;
         println!("{report:?}");
         let got = reader.join().unwrap();
         let (fresh, old): (Vec<u32>, Vec<u32>) = got.into_iter().partition(|n| *n > 10_000);
@@ -170,7 +176,7 @@ fn a_release_under_traffic_loses_and_reorders_nothing() {
                 } else {
                     To::Source
                 };
-                let report = hold.release(to).await.unwrap();
+                let report = release(hold, to).await;
                 assert_eq!(report.held, report.released, "{report:?}");
                 assert_eq!(report.dropped_by_bound, 0);
             }
@@ -199,10 +205,10 @@ fn holds_and_hops_that_come_and_go_do_not_cost_others_their_packets() {
         let other = HoldSpec::new(QUEUE + 1, vec![address("10.88.0.6")]);
         let other = Hold::start(other).await.unwrap();
         steer::install(hop(9)).await.unwrap();
-        other.release(To::Destination).await.unwrap();
+        release(other, To::Destination).await;
         steer::remove(hop(9)).await.unwrap();
         let started = Instant::now();
-        let report = hold.release(To::Source).await.unwrap();
+        let report = release(hold, To::Source).await;
         println!("release: {:?}", started.elapsed());
         assert_eq!(report.released, 100);
         for n in 0..100 {
@@ -255,7 +261,7 @@ fn connections_wait_and_go_on() {
         let table = Table::open(&net.host).unwrap();
         let fresh = table.dump_container(address("10.88.0.5")).await.unwrap();
         assert_eq!(fresh.len(), 2, "a held SYN has no entry yet");
-        hold.release(To::Source).await.unwrap();
+        release(hold, To::Source).await;
         let mut buffer = [0; 7];
         server.read_exact(&mut buffer).unwrap();
         assert_eq!(&buffer, b"request");
@@ -297,7 +303,7 @@ async fn the_copy_speaks(net: &Net, to: To) -> (hold::HoldReport, Option<SocketA
     until("both are held", || hold.held() == 2);
     let (mark, mask) = flow.steering((to == To::Destination).then(|| hop(3)));
     table.set_mark(&entry.original, mark, mask).await.unwrap();
-    let report = hold.release(to).await.unwrap();
+    let report = release(hold, to).await;
     let receiver = if to == To::Destination {
         &copy
     } else {
@@ -339,7 +345,7 @@ fn a_dropped_hold_releases_and_a_bound_is_kept() {
     let client = udp(&net.client, "192.0.2.2:5000");
     within(&net.host, async || {
         let hold = Hold::start(HoldSpec {
-            bound: 10,
+            packets: 10,
             ..spec()
         })
         .await
@@ -359,7 +365,7 @@ fn a_dropped_hold_releases_and_a_bound_is_kept() {
         }
         assert_eq!(net.ruleset("host"), before);
         let hold = Hold::start(HoldSpec {
-            bound: 10,
+            packets: 10,
             ..spec()
         })
         .await
@@ -368,7 +374,7 @@ fn a_dropped_hold_releases_and_a_bound_is_kept() {
             send(&client, n, "192.0.2.1:8080");
         }
         until("the bound is reached", || hold.held() == 10);
-        let report = hold.release(To::Source).await.unwrap();
+        let report = release(hold, To::Source).await;
         assert_eq!(
             (report.released, report.dropped_by_bound, report.peak),
             (10, 10, 10)
@@ -389,7 +395,7 @@ fn rules_that_a_dead_process_left_let_packets_pass_and_are_removed() {
         // As if the process had died: the rules are there, nobody listens to the queue.
         let hold = Hold::start(spec()).await.unwrap();
         let rules = net.at("host", "nft list table inet livemig");
-        hold.release(To::Source).await.unwrap();
+        release(hold, To::Source).await;
         assert_eq!(net.ruleset("host"), steering);
         assert!(rules.contains("bypass"), "{rules}");
         let unlistened = Hold::start(spec()).await.unwrap();
@@ -397,7 +403,7 @@ fn rules_that_a_dead_process_left_let_packets_pass_and_are_removed() {
         assert_eq!(net.ruleset("host"), steering);
         send(&client, 5, "192.0.2.1:8080");
         assert_eq!(number(&server), 5);
-        let report = unlistened.release(To::Source).await.unwrap();
+        let report = release(unlistened, To::Source).await;
         assert_eq!(report.held, 0);
         steer::remove(hop(3)).await.unwrap();
         assert_eq!(net.ruleset("host"), before);

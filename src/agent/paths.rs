@@ -43,7 +43,7 @@ use super::protocol::{
 use super::session::{number, said};
 use super::{Body, Caller, Connection, Fingerprint, Identity, Limits, Peer, Peers};
 use super::{Permission, Refusal, Reply};
-use crate::conntrack::hold::{Hold, HoldSpec, To};
+use crate::conntrack::hold::{Hold, HoldSpec, Pace, Rate, Reserved, To};
 use crate::conntrack::{Tuple, steer};
 use crate::migration::{self, Effect, End, Hands, Journal, ON_ITS_WAY};
 use crate::podman::Client;
@@ -368,9 +368,10 @@ impl Paths {
         let probe = format!("/v1/paths/{id}/probe");
         migration::verify_hop(config, new, &mut connection, &probe).await?;
 
+        let reserved = Reserved::first_free()?;
         let spec = HoldSpec {
             hop: Some(new),
-            ..HoldSpec::new(0x5d00, addresses.to_vec())
+            ..HoldSpec::new(reserved.queue(), addresses.to_vec())
         };
         journal.will([
             Effect::Path {
@@ -384,8 +385,7 @@ impl Paths {
         for hop in [old, new] {
             steer::admit(hop, addresses)?;
         }
-        let hold = held.insert(Hold::start(spec).await?);
-        tracing::debug!(path = %id, since = ?hold.since(), "holding for a shorter path");
+        held.insert(reserved.prepare(spec).await?).hold_all()?;
         // Those that began since are meant as well.
         let mut flows = migration::flows_of(addresses).await?;
         flows.retain(|flow| flow.goes_by() == Some(old));
@@ -403,7 +403,9 @@ impl Paths {
         });
         migration::mark_all(steered.collect()).await?;
         if let Some(hold) = held.take() {
-            hold.release(To::Destination).await?;
+            let released = hold.release(To::Destination, Pace::Rate(Rate::default()));
+            let report = released.await?.clear().await?;
+            tracing::debug!(path = %id, ?report, "held for a shorter path");
         }
         self.end_there(host, id).await?;
         Ok(Shortened { flows: switched })
@@ -434,7 +436,7 @@ impl Paths {
         let mut hands = Hands::new(self.config.clone(), self.podman.clone());
         // Whichever way it came, what waits is from the one container that there is.
         if let Some(hold) = hold
-            && let Err(error) = hold.release(To::Destination).await
+            && let Err(error) = hold.release(To::Destination, Pace::Unpaced).await
         {
             tracing::warn!(%error, "packets that were held for a shorter path are lost");
         }

@@ -22,7 +22,7 @@ use super::protocol::{
 };
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
-use crate::conntrack::hold::{Hold, HoldSpec, To};
+use crate::conntrack::hold::{Hold, HoldSpec, Pace, Reserved, Side, To};
 use crate::conntrack::{Gate, Table};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
@@ -396,11 +396,17 @@ impl Sessions {
             return Err(Error::OutOfOrder("preparation"));
         }
         let addresses = session.offer.container.addresses().collect();
-        let spec = HoldSpec::new(0x5c00, addresses);
+        let reserved = Reserved::first_free()?;
+        let spec = HoldSpec {
+            side: Side::Home,
+            ..HoldSpec::new(reserved.queue(), addresses)
+        };
         session
             .journal
             .will([Effect::Hold { spec: spec.clone() }])?;
-        session.hold = Some(Hold::start(spec).await?);
+        let mut hold = reserved.prepare(spec).await?;
+        hold.hold_all()?;
+        session.hold = Some(hold);
         Ok(Nothing {})
     }
 
@@ -410,7 +416,25 @@ impl Sessions {
             return Err(Error::OutOfOrder("running container"));
         }
         if let Some(hold) = session.hold.take() {
-            hold.release(To::Destination).await?;
+            let pid = self.podman.inspect(session.offer.container.id.as_str());
+            let pid = pid.await?.pid.ok_or(Error::OutOfOrder("process"))?;
+            let pace = Pace::Sockets(Namespace::of_pid(pid)?);
+            // The source does not wait until the last of many datagrams has been read.
+            tokio::spawn(async move {
+                let released = hold.release(To::Destination, pace).await;
+                let cleared = match released {
+                    Ok(released) => released.clear().await,
+                    Err(error) => Err(error),
+                };
+                match cleared {
+                    Ok(report) => {
+                        tracing::debug!(?report, "what waited for a container that came home")
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "packets that waited here were not let go")
+                    }
+                }
+            });
         }
         Ok(Nothing {})
     }

@@ -71,6 +71,14 @@ pub enum Error {
         /// The number of the queue.
         queue: u16,
     },
+    /// So many queues are taken that none was found.
+    #[error("none of {tried} netfilter queues from {first} on is free")]
+    NoFreeQueue {
+        /// The first that was tried.
+        first: u16,
+        /// How many were.
+        tried: u16,
+    },
     /// The kernel can neither `queue` in nftables nor use the xtables target.
     #[error(
         "this kernel cannot send packets to a queue: it has neither nft_queue nor xt_NFQUEUE with \
@@ -103,6 +111,9 @@ impl Error {
             Error::QueueTaken { queue } => Some(format!(
                 "see who uses queue {queue} in /proc/net/netfilter/nfnetlink_queue"
             )),
+            Error::NoFreeQueue { .. } => {
+                Some("see who uses them in /proc/net/netfilter/nfnetlink_queue".to_owned())
+            }
             Error::NoQueue => Some(
                 "load the module: modprobe nft_queue (or modprobe nft_compat xt_NFQUEUE)"
                     .to_owned(),

@@ -211,11 +211,15 @@ fn said(stderr: &str, stdout: &str) -> String {
 
 /// A raw connection to nf_tables in the calling thread's network namespace.
 #[derive(Debug)]
-pub(super) struct Rules(Channel);
+pub(super) struct Rules(
+    Channel,
+    /// Whether this kernel was found not to have nftables' own expression for queues.
+    bool,
+);
 
 impl Rules {
     pub(super) fn open() -> Result<Rules> {
-        Ok(Rules(Channel::open(NlFamily::Netfilter)?))
+        Ok(Rules(Channel::open(NlFamily::Netfilter)?, false))
     }
 
     /// The names of the table's chains; none if there is no table.
@@ -280,15 +284,18 @@ impl Rules {
     /// target.
     pub(super) fn add_queue(&mut self, chain: &str, queue: u16) -> Result<()> {
         const DOING: &str = "send packets to a queue";
-        match self.commit(
-            DOING,
-            None,
-            vec![expression_rule(chain, &native_queue(queue))],
-        ) {
-            Err(e) if e.errno() == Some(Errno::NOENT) => {}
-            outcome => return Ok(outcome?),
+        if !self.1 {
+            match self.commit(
+                DOING,
+                None,
+                vec![expression_rule(chain, &native_queue(queue))],
+            ) {
+                Err(e) if e.errno() == Some(Errno::NOENT) => {}
+                outcome => return Ok(outcome?),
+            }
+            tracing::debug!("no nft_queue in this kernel: trying the xtables target");
+            self.1 = true;
         }
-        tracing::debug!("no nft_queue in this kernel: trying the xtables target");
         match self.commit(
             DOING,
             None,

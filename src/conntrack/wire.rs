@@ -122,6 +122,7 @@ pub mod nfqa {
     pub const PACKET_HDR: u16 = 1;
     pub const VERDICT_HDR: u16 = 2;
     pub const IFINDEX_INDEV: u16 = 5;
+    pub const PAYLOAD: u16 = 10;
     pub const CAP_LEN: u16 = 13;
 }
 
@@ -136,6 +137,7 @@ pub mod nfqa_cfg {
     pub const CMD_BIND: u8 = 1;
     pub const CMD_UNBIND: u8 = 2;
     pub const COPY_META: u8 = 1;
+    pub const COPY_PACKET: u8 = 2;
     pub const F_FAIL_OPEN: u32 = 1;
     pub const F_GSO: u32 = 1 << 2;
 }

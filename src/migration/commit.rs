@@ -17,6 +17,7 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     if let Err(error) = migration.journal.commit() {
         // Not a word to the destination: it has to know of the migration if it is asked.
         migration.note("the journal", Err(error.into()));
+        migration.clear_hold().await;
         return Ok(());
     }
 
@@ -29,6 +30,7 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
         "telling the destination that it is over",
         told.map(|Nothing {}| ()).map_err(Into::into),
     );
+    migration.clear_hold().await;
     let mut gone = true;
     for (what, result) in forget(&migration.hands.podman, &container, keep_volumes).await {
         gone &= result.is_ok();
@@ -56,6 +58,16 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
 }
 
 impl Migration<'_> {
+    /// Waits until the rules are gone by which packets waited, and takes down what became of them.
+    async fn clear_hold(&mut self) {
+        if let Some(released) = self.released.take() {
+            match released.clear().await {
+                Ok(held) => self.held = held,
+                Err(error) => self.note("the rules by which packets waited", Err(error.into())),
+            }
+        }
+    }
+
     /// Past the point of no return nothing fails; what did not work is reported.
     pub(super) fn note(&mut self, what: &str, result: Result<()>) {
         if let Err(error) = result {

@@ -3,41 +3,50 @@
 //! Everything that the downtime will change on this host is written into the journal here, with one
 //! sync, before the first packet waits: the disk has no part in the downtime.
 //!
+//! Newcomers wait first, and connections that are being opened get their time to become
+//! established; then everybody waits, and what has arrived is read. See [`drain`](super::drain).
+//!
 //! A container without an address has no packets: none wait, and its silence needs no fence.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
-use super::{Asked, Effect, Migration, home};
+use super::drain::Drainage;
+use super::{Asked, Effect, Migration, home, preflight};
 use crate::conntrack::Fence;
-use crate::conntrack::hold::{HeldPorts, Hold, HoldSpec, PortProtocol};
+use crate::conntrack::hold::{HeldPorts, HoldSpec, PortProtocol, Reserved};
 use crate::criu::Freezer;
-use crate::podman::{Container, PublishedPort};
+use crate::netlink::Namespace;
+use crate::podman::PublishedPort;
 use crate::{Error, Result};
 
 pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
-    let begun = Instant::now();
-    if migration.comes_home {
-        home::hold_there(migration).await?;
-    }
     let container = &migration.preflight.container;
+    let config = &migration.request.config;
     let hop = migration.hop()?;
+    let pid = container.pid.ok_or(Error::OutOfOrder("process"))?;
     let addresses: Vec<_> = container.addresses().collect();
     let on_a_network = !addresses.is_empty();
-    let spec = HoldSpec {
-        ports: container.ports.iter().filter_map(held_ports).collect(),
+    // Bound before it is written down: whoever else migrates now gets another one.
+    let reserved = on_a_network.then(Reserved::first_free).transpose()?;
+    let ports: Vec<_> = container.ports.iter().filter_map(held_ports).collect();
+    let tied = preflight::flows_of(container).await?;
+    let tied = tied.iter().filter(|flow| flow.is_tied_to_interface());
+    let masqueraded: BTreeSet<_> = tied.map(|flow| flow.entry.original.source).collect();
+    let spec = reserved.as_ref().map(|reserved| HoldSpec {
+        ports: ports.clone(),
+        masqueraded: masqueraded.iter().copied().collect(),
         hop: Some(hop),
-        bound: migration.request.config.hold_packets,
-        ..HoldSpec::new(queue(container)?, addresses.clone())
-    };
-    let freezer = Freezer::of(
-        container.pid.ok_or(Error::OutOfOrder("process"))?,
-        Path::new("/"),
-    )?;
+        packets: config.hold_packets,
+        bytes: config.hold_bytes,
+        ..HoldSpec::new(reserved.queue(), addresses.clone())
+    });
+    let freezer = Freezer::of(pid, Path::new("/"))?;
     let fence = on_a_network.then(|| Fence {
         container: container.id.clone(),
         addresses: addresses.clone(),
-        ports: spec.ports.clone(),
+        ports,
     });
     let destination = Effect::Destination {
         peer: migration.request.to.clone(),
@@ -47,9 +56,7 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     // Undone from the last to the first: the destination gives up its copy before anything here
     // moves, and the container may speak before it moves, or its first words would be lost.
     let mut effects = Vec::new();
-    if fence.is_some() {
-        effects.push(Effect::Hold { spec: spec.clone() });
-    }
+    effects.extend(spec.clone().map(|spec| Effect::Hold { spec }));
     effects.push(Effect::Frozen {
         freezer: freezer.clone(),
     });
@@ -63,33 +70,35 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
             keep_volumes: migration.request.keep_volumes,
         },
     ]);
+    let mut drainage = Drainage::of(pid, config.drain_timeout)?;
     migration.journal.will(effects)?;
     if let Some(fence) = &fence {
         fence.prepare().await?;
     }
     migration.freezer = Some(freezer);
     migration.fence = fence;
-    migration.held_since = Some(Instant::now());
-    if on_a_network {
-        let hold = Hold::start(spec).await?;
-        migration.held_since = Some(hold.since());
-        migration.hands.hold = Some(hold);
-    }
-    if migration.comes_home {
+    if let (Some(reserved), Some(spec)) = (reserved, spec) {
+        let hold = reserved.prepare(spec).await?;
+        migration.hands.namespace = Some(Namespace::of_pid(pid)?);
+        let hold = migration.hands.hold.insert(hold);
+        hold.hold_newcomers()?;
+        drainage.opening().await?;
+        let begun = Instant::now();
+        if migration.comes_home {
+            home::hold_there(
+                &mut migration.connection,
+                &migration.id,
+                &migration.request.to,
+            )
+            .await?;
+        }
+        hold.hold_all()?;
         migration.held_since = Some(begun);
+    } else {
+        migration.held_since = Some(Instant::now());
     }
+    migration.drain = drainage.arrived().await?;
     Ok(())
-}
-
-/// A netfilter queue that belongs to this container's migration.
-///
-/// Two containers that move at the same time must not share one, and the low numbers are those that
-/// other programs take. The kernel refuses a queue that is taken all the same.
-fn queue(container: &Container) -> Result<u16> {
-    const FIRST: u32 = 0x6c00;
-    const QUEUES: u32 = 0x1000;
-    let pid = container.pid.ok_or(Error::OutOfOrder("process"))?;
-    u16::try_from(FIRST + pid % QUEUES).map_err(|_| Error::OutOfOrder("queue"))
 }
 
 /// The ports at which new connections wait; those of other protocols have none.

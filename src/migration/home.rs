@@ -18,7 +18,8 @@ use hyper::Method;
 
 use super::Migration;
 use super::undo::unless_gone;
-use crate::agent::protocol::Nothing;
+use crate::agent::Connection;
+use crate::agent::protocol::{MigrationId, Nothing};
 use crate::conntrack::{Flow, Mark, Table, Tuple};
 use crate::netlink::Namespace;
 use crate::tunnel::HopId;
@@ -76,13 +77,16 @@ pub(crate) async fn send_away(addresses: &[IpAddr], hop: HopId) -> Result<()> {
 
 /// Has the destination hold what comes for the container on the connections that it knows, and waits
 /// until what it had let pass before has arrived here.
-pub(super) async fn hold_there(migration: &mut Migration<'_>) -> Result<()> {
-    let path = format!("/v1/migrations/{}/hold", migration.id);
-    let Nothing {} = migration
-        .connection
+pub(super) async fn hold_there(
+    destination: &mut Connection,
+    migration: &MigrationId,
+    name: &str,
+) -> Result<()> {
+    let path = format!("/v1/migrations/{migration}/hold");
+    let Nothing {} = destination
         .call(Method::POST, &path, &Nothing {})
         .await
-        .map_err(Error::of_host(&migration.request.to))?;
+        .map_err(Error::of_host(name))?;
     tokio::time::sleep(ON_ITS_WAY).await;
     Ok(())
 }

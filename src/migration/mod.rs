@@ -12,6 +12,7 @@
 
 mod check;
 mod commit;
+mod drain;
 mod effect;
 mod event;
 mod freeze;
@@ -35,7 +36,10 @@ mod undo;
 
 use std::time::{Duration, Instant};
 
+use tokio_util::sync::CancellationToken;
+
 pub(crate) use check::{at_destination, refuse};
+pub use drain::{Drain, Left, Undrained};
 pub use effect::{Asked, Effect, End};
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
 pub(crate) use home::{ON_ITS_WAY, came_from_here, flows as flows_of, forget, mark_all, welcome};
@@ -50,12 +54,12 @@ pub(crate) use preflight::{find, podman};
 pub(crate) use prepare::mtu;
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
-pub use request::Request;
+pub use request::{Request, WhenFull};
 pub(crate) use undo::{Hands, leave_idle_hops, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
-use crate::conntrack::hold::HoldReport;
+use crate::conntrack::hold::{HoldReport, Released};
 use crate::conntrack::{Fence, Flow};
 use crate::criu::{DumpStats, Freezer};
 use crate::tunnel::HopId;
@@ -114,6 +118,9 @@ struct Migration<'a> {
     /// Whether the world may have heard of the copy at the destination.
     let_go: bool,
     downtime: Duration,
+    drain: Drain,
+    /// The hold, once packets pass, until its rules are gone.
+    released: Option<Released>,
     held: HoldReport,
     dump: Option<DumpStats>,
     paths: Vec<Path>,
@@ -158,6 +165,8 @@ impl<'a> Migration<'a> {
             held_since: None,
             let_go: false,
             downtime: Duration::ZERO,
+            drain: Drain::default(),
+            released: None,
             held: HoldReport::default(),
             dump: None,
             paths: Vec::new(),
@@ -204,9 +213,20 @@ impl<'a> Migration<'a> {
         if self.request.cancel.is_cancelled() {
             return Err(Error::Interrupted(self.clock.phase()));
         }
+        if self.hold_is_full().is_cancelled() {
+            return Err(self.request.hold_full());
+        }
         match self.request.rehearse {
             Some(last) if last < next => Err(Error::Rehearsed(last)),
             _ => Ok(()),
+        }
+    }
+
+    /// Is cancelled when no more packets can wait and the migration is to be given up for that.
+    fn hold_is_full(&self) -> CancellationToken {
+        match (&self.hands.hold, self.request.when_full) {
+            (Some(hold), WhenFull::GiveUp) => hold.full(),
+            _ => CancellationToken::new(),
         }
     }
 
@@ -254,6 +274,7 @@ impl<'a> Migration<'a> {
             bytes_frozen: self.bytes_frozen,
             flows: self.flows,
             paths: self.paths,
+            drain: self.drain,
             held: self.held,
             dump: self.dump,
             warnings: self.preflight.findings,

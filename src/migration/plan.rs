@@ -90,8 +90,10 @@ fn steps(preflight: &Preflight, request: &Request) -> Vec<Step> {
         Phase::Hold,
         here,
         format!(
-            "packets for `{}` wait, at most {}",
-            container.name, request.config.hold_packets
+            "packets for `{}` wait, at most {} and {} MiB of them",
+            container.name,
+            request.config.hold_packets,
+            request.config.hold_bytes >> 20
         ),
         Some("let them go"),
     );

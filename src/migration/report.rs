@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::drain::Drain;
 use super::event::Phase;
 use super::path::Path;
 use crate::agent::protocol::MigrationId;
@@ -23,7 +24,8 @@ pub struct Report {
     pub name: String,
     /// The host it runs on now.
     pub destination: String,
-    /// From the moment the container's packets began to wait until they were let go.
+    /// From the moment the packets of the container's connections began to wait until they were let
+    /// go.
     #[serde(rename = "downtime_ms", serialize_with = "milliseconds")]
     pub downtime: Duration,
     /// The whole migration, preflight to commit.
@@ -40,6 +42,8 @@ pub struct Report {
     pub flows: Vec<Flow>,
     /// What became of those that came through this host from elsewhere.
     pub paths: Vec<Path>,
+    /// How what had arrived before was read, and what was not.
+    pub drain: Drain,
     /// What happened to the packets that arrived meanwhile.
     pub held: HoldReport,
     /// What CRIU says of the dump, where it said something.
@@ -75,7 +79,7 @@ impl std::fmt::Display for Leftover {
     }
 }
 
-fn milliseconds<S: serde::Serializer>(
+pub(super) fn milliseconds<S: serde::Serializer>(
     duration: &Duration,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {

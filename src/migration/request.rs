@@ -3,7 +3,21 @@
 use tokio_util::sync::CancellationToken;
 
 use super::event::Phase;
-use crate::Config;
+use crate::{Config, Error};
+
+/// What happens when no more packets can wait: when one of the bounds
+/// [`Config::hold_packets`](crate::Config::hold_packets) and
+/// [`Config::hold_bytes`](crate::Config::hold_bytes) is reached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// The newest packets are dropped, as on any network that is too slow, and the migration goes
+    /// on.
+    #[default]
+    Drop,
+    /// The migration is given up, and the container goes on here, unless its peers have heard it at
+    /// the destination already.
+    GiveUp,
+}
 
 /// A container to move, and where to.
 #[derive(Debug, Clone)]
@@ -21,6 +35,8 @@ pub struct Request {
     /// Whether connections that came through this host go on doing so. Otherwise the hosts where they
     /// began send them straight to the destination, and this one can be switched off.
     pub keep_chain: bool,
+    /// What happens when no more packets can wait.
+    pub when_full: WhenFull,
     /// Undo everything at the end of this phase, to see how the move would go.
     ///
     /// [`Phase::Restore`] is the last that can be: afterwards peers have heard the copy at the
@@ -40,6 +56,7 @@ impl Request {
             config: Config::default(),
             keep_volumes: false,
             keep_chain: false,
+            when_full: WhenFull::default(),
             rehearse: None,
             cancel: CancellationToken::new(),
         }
@@ -63,6 +80,12 @@ impl Request {
         self
     }
 
+    /// Dropping packets, or giving up, when no more can wait.
+    pub fn when_full(mut self, policy: WhenFull) -> Request {
+        self.when_full = policy;
+        self
+    }
+
     /// Undoing everything at the end of this phase.
     pub fn rehearse(mut self, phase: Option<Phase>) -> Request {
         self.rehearse = phase;
@@ -73,5 +96,13 @@ impl Request {
     pub fn cancel(mut self, token: CancellationToken) -> Request {
         self.cancel = token;
         self
+    }
+
+    /// Why it is given up when no more packets can wait.
+    pub(super) fn hold_full(&self) -> Error {
+        Error::HoldFull {
+            packets: self.config.hold_packets,
+            bytes: self.config.hold_bytes,
+        }
     }
 }

@@ -17,6 +17,7 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
     let stream = migration.stream.take().ok_or(Error::OutOfOrder("stream"))?;
     let path = format!("/v1/migrations/{}/restore", migration.id);
     let within = migration.request.config.restore_timeout;
+    let full = migration.hold_is_full();
     let answer = migration.connection.send_stream(
         Method::POST,
         &path,
@@ -34,6 +35,7 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
                 bytes: stream.progress.wire(),
                 total: None,
             }),
+            () = full.cancelled() => return Err(migration.request.hold_full()),
             () = migration.request.cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
         }
     };

@@ -5,7 +5,7 @@
 
 use super::{Migration, check, home};
 use crate::Result;
-use crate::conntrack::hold::To;
+use crate::conntrack::hold::{Pace, Rate, To};
 use crate::conntrack::{Flow, Table, alias};
 use crate::netlink::Namespace;
 use crate::podman::{Container, Network};
@@ -63,7 +63,7 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     // The first packet that passes is the point of no return: what the world has heard of the copy
     // is never taken back.
     migration.let_go = true;
-    // They pass within a millisecond; what takes longer is removing the rules.
+    // The first pass within a millisecond. What takes longer is that datagrams follow at a pace.
     if let Some(since) = migration.held_since {
         migration.downtime = since.elapsed();
     }
@@ -78,8 +78,12 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     }
     // A container without an address has no packets.
     if let Some(hold) = migration.hands.hold.take() {
-        match hold.release(To::Destination).await {
-            Ok(held) => migration.held = held,
+        match hold
+            .release(To::Destination, Pace::Rate(Rate::default()))
+            .await
+        {
+            // What is left to do is removing the rules, which the destination need not wait for.
+            Ok(released) => migration.released = Some(released),
             Err(error) => migration.note("letting the packets go", Err(error.into())),
         }
     }

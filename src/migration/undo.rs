@@ -14,7 +14,7 @@ use super::journal::{Journal, left_behind};
 use super::preflight::{connect, peer};
 use super::report::Leftover;
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
-use crate::conntrack::hold::{Hold, To};
+use crate::conntrack::hold::{Hold, Pace, To};
 use crate::conntrack::{self, Family, Fence, Table, alias, steer};
 use crate::netlink::Namespace;
 use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions};
@@ -34,6 +34,8 @@ pub(crate) struct Hands {
     pub podman: Client,
     /// The hold, while this process has it. After a crash there is none, and only its rules are left.
     pub hold: Option<Hold>,
+    /// The network namespace of the container whose packets are held.
+    pub namespace: Option<Namespace>,
     /// Whether Podman may still be at work on what was asked of it: whoever asked has died, or gave
     /// up waiting.
     pub unsure: bool,
@@ -109,6 +111,7 @@ impl Hands {
             config,
             podman,
             hold: None,
+            namespace: None,
             unsure: false,
         }
     }
@@ -160,7 +163,7 @@ impl Hands {
             } => self.give_up(peer, migration, *asked).await,
             Effect::Hold { spec } => {
                 let released = match self.hold.take() {
-                    Some(hold) => hold.release(To::Source).await.map(|_| ()),
+                    Some(hold) => let_go_home(hold, self.namespace.take()).await,
                     None => Ok(()),
                 };
                 // Whatever became of the packets that waited: others must not.
@@ -276,6 +279,13 @@ impl Hands {
         }
         Ok(())
     }
+}
+
+/// Lets the packets go on to the container here, as its sockets take them.
+async fn let_go_home(hold: Hold, container: Option<Namespace>) -> conntrack::Result<()> {
+    let pace = container.map_or(Pace::Unpaced, Pace::Sockets);
+    let released = hold.release(To::Source, pace).await?;
+    released.clear().await.map(|_| ())
 }
 
 async fn quiet(fence: &Fence) -> conntrack::Result<()> {

@@ -16,12 +16,14 @@
 //! A netlink socket belongs to the network namespace it was opened in, for ever. [`Namespace`]
 //! opens it in the right one: a container's, say, from the host.
 
+mod backlog;
 pub(crate) mod channel;
 mod error;
 mod message;
 mod namespace;
 pub mod sockets;
 
+pub use backlog::Backlog;
 pub use channel::{Channel, Request};
 pub use error::{Error, Result};
 pub use message::{Attribute, Attributes, Body, Message, Messages};

@@ -8,12 +8,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use neli::consts::socket::NlFamily;
 use serde::{Deserialize, Serialize};
 
-use super::{Body, Channel, Message, Namespace, Request, Result};
+use super::{Attributes, Body, Channel, Message, Namespace, Request, Result};
 
 /// `SOCK_DIAG_BY_FAMILY` of `linux/sock_diag.h`.
 const BY_FAMILY: u16 = 20;
 /// The size of `struct inet_diag_msg` of `linux/inet_diag.h`.
 const ANSWER: usize = 72;
+/// `INET_DIAG_SKMEMINFO` of `linux/inet_diag.h`.
+const SKMEMINFO: u16 = 7;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
@@ -91,6 +93,33 @@ pub struct Socket {
     pub send_queue: u32,
     /// The inode number of the socket: what `/proc/PID/fd` shows.
     pub inode: u32,
+    /// How full its receive buffer is, where the kernel tells.
+    pub receive_buffer: Option<ReceiveBuffer>,
+}
+
+/// The memory of a socket for what was not read yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiveBuffer {
+    /// Bytes that are taken: data, and what the kernel needs for each packet.
+    pub used: u32,
+    /// Bytes that there are (`SO_RCVBUF`).
+    pub size: u32,
+    /// How many packets were dropped because there was no room, since the socket was made.
+    pub drops: u32,
+}
+
+/// Which states of sockets are asked for. The kernel looks at listening sockets apart from all
+/// others, which are far more work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateSet(u32);
+
+impl StateSet {
+    /// Every state.
+    pub const ALL: StateSet = StateSet(u32::MAX);
+    /// Sockets that listen.
+    pub const LISTENING: StateSet = StateSet(1 << 10);
+    /// Connections that peers have begun to open and that are not established yet.
+    pub const OPENING: StateSet = StateSet(1 << 3 | 1 << 12);
 }
 
 impl Socket {
@@ -121,22 +150,28 @@ impl Diagnosis {
 
     /// Every TCP and UDP socket, over IPv4 and IPv6.
     pub fn list(&mut self) -> Result<Vec<Socket>> {
+        let mut all = self.look(Kind::Tcp, StateSet::ALL)?;
+        all.extend(self.look(Kind::Udp, StateSet::ALL)?);
+        Ok(all)
+    }
+
+    /// The sockets of one kind in some states, over IPv4 and IPv6.
+    pub fn look(&mut self, kind: Kind, states: StateSet) -> Result<Vec<Socket>> {
         let mut all = Vec::new();
-        for kind in [Kind::Tcp, Kind::Udp] {
-            for family in [AF_INET, AF_INET6] {
-                // struct inet_diag_req_v2: every state, any address.
-                let mut fixed = [0u8; 56];
-                fixed[0] = family;
-                fixed[1] = match kind {
-                    Kind::Tcp => IPPROTO_TCP,
-                    Kind::Udp => IPPROTO_UDP,
-                };
-                fixed[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
-                let request = Request::new(BY_FAMILY, Body::new(&fixed));
-                all.extend(self.0.dump("list sockets", &request, |found, message| {
-                    found.extend(read(kind, message));
-                })?);
-            }
+        for family in [AF_INET, AF_INET6] {
+            // struct inet_diag_req_v2, for any address.
+            let mut fixed = [0u8; 56];
+            fixed[0] = family;
+            fixed[1] = match kind {
+                Kind::Tcp => IPPROTO_TCP,
+                Kind::Udp => IPPROTO_UDP,
+            };
+            fixed[2] = 1 << (SKMEMINFO - 1);
+            fixed[4..8].copy_from_slice(&states.0.to_ne_bytes());
+            let request = Request::new(BY_FAMILY, Body::new(&fixed));
+            all.extend(self.0.dump("list sockets", &request, |found, message| {
+                found.extend(read(kind, message));
+            })?);
         }
         Ok(all)
     }
@@ -168,5 +203,23 @@ fn read(kind: Kind, message: &Message<'_>) -> Option<Socket> {
         receive_queue: word(56)?,
         send_queue: word(60)?,
         inode: word(68)?,
+        receive_buffer: Attributes::after(message.body, ANSWER)
+            .find(|attribute| attribute.kind == SKMEMINFO)
+            .and_then(|attribute| receive_buffer(attribute.value)),
+    })
+}
+
+/// Reads the array of `INET_DIAG_SKMEMINFO`: `SK_MEMINFO_RMEM_ALLOC`, `SK_MEMINFO_RCVBUF` and
+/// `SK_MEMINFO_DROPS` of `linux/sock_diag.h`.
+fn receive_buffer(memory: &[u8]) -> Option<ReceiveBuffer> {
+    let word = |at: usize| -> Option<u32> {
+        Some(u32::from_ne_bytes(
+            memory.get(at * 4..at * 4 + 4)?.try_into().ok()?,
+        ))
+    };
+    Some(ReceiveBuffer {
+        used: word(0)?,
+        size: word(1)?,
+        drops: word(8)?,
     })
 }

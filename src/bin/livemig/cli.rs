@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
 use livemig::agent::Permission;
-use livemig::migration::Phase;
+use livemig::migration::{Phase, WhenFull};
 
 /// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
 #[derive(Debug, Parser)]
@@ -193,6 +193,20 @@ pub enum Command {
         #[arg(long)]
         keep_chain: bool,
 
+        /// What to do when more is sent to the container than can wait while it moves
+        #[arg(long, value_name = "POLICY", default_value = "drop")]
+        when_full: Policy,
+
+        /// How many packets may wait while the container moves
+        #[arg(long, value_name = "N", default_value_t = livemig::conntrack::hold::DEFAULT_PACKETS,
+              value_parser = clap::value_parser!(u32).range(1..))]
+        hold_packets: u32,
+
+        /// How many MiB of packets may wait while the container moves
+        #[arg(long, value_name = "N", default_value_t = livemig::conntrack::hold::DEFAULT_BYTES >> 20,
+              value_parser = clap::value_parser!(u64).range(1..1 << 20))]
+        hold_mib: u64,
+
         /// Go as far as the end of this phase, then undo everything
         ///
         /// The container stays here and its connections stay open: a way to see how long the move
@@ -245,6 +259,24 @@ pub enum Command {
         /// The socket it is controlled by
         socket: PathBuf,
     },
+}
+
+/// What happens when no more packets can wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Policy {
+    /// The newest packets are dropped, and the migration goes on
+    Drop,
+    /// The migration is given up, and the container goes on here
+    GiveUp,
+}
+
+impl From<Policy> for WhenFull {
+    fn from(policy: Policy) -> WhenFull {
+        match policy {
+            Policy::Drop => WhenFull::Drop,
+            Policy::GiveUp => WhenFull::GiveUp,
+        }
+    }
 }
 
 /// What moves where.

@@ -38,12 +38,21 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             what,
             keep_volumes,
             keep_chain,
+            when_full,
+            hold_packets,
+            hold_mib,
             rehearse,
             report,
         } => {
+            let config = Config {
+                hold_packets,
+                hold_bytes: hold_mib << 20,
+                ..config
+            };
             let request = request(config, what)
                 .keep_volumes(keep_volumes)
                 .keep_chain(keep_chain)
+                .when_full(when_full.into())
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
         }

@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use livemig::conntrack::hold::HoldReport;
 use livemig::migration::{Cargo, Event, Observer};
 use livemig::{Error, Report};
 
@@ -180,9 +181,36 @@ pub fn summary(report: &Report) {
         Bytes(report.bytes_sent),
         report.total.as_secs_f64(),
     );
+    if report.held.held > 0 {
+        println!("{}", waited(&report.held));
+    }
+    for left in &report.drain.left {
+        println!("not read in time before it was frozen, and lost: {left}");
+    }
     for leftover in &report.leftovers {
         println!("could not be tidied here: {leftover}");
     }
+}
+
+/// What became of the packets that waited.
+fn waited(held: &HoldReport) -> String {
+    let mut text = format!(
+        "{} waited meanwhile, {} at most, the longest for {:.0} ms; {} went on",
+        match held.held {
+            1 => "1 packet".to_owned(),
+            many => format!("{many} packets"),
+        },
+        Bytes(held.peak_bytes),
+        held.longest_held.as_secs_f64() * 1e3,
+        held.released,
+    );
+    if held.dropped_by_bound > 0 {
+        text.push_str(&format!(
+            ", and {} more were dropped: no more could wait",
+            held.dropped_by_bound
+        ));
+    }
+    text
 }
 
 /// Says what went wrong, and what to do about it.
