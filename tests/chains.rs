@@ -227,3 +227,33 @@ async fn flows_are_shown_live_with_their_hops_and_counters() {
     assert_went_on(&client.stop().await, 1);
     pair.down().await;
 }
+
+#[tokio::test]
+async fn a_chain_stays_when_its_anchor_does_not_answer() {
+    let pair = forgetful(3, 1).await;
+    let h1 = pair.host(1);
+    h1.run_workload("web", &["-p", "7000:7000"], &["echo", "7000"])
+        .await;
+    let many = ["--connections", "3"];
+    let ip = h1.ip();
+    let client = [&["client-echo", &ip, "7000"], &many[..]].concat();
+    let client = pair.client(1).spawn(&client).await;
+    pair.migrate("web", 1, 2).await;
+    h1.sh("nft add table inet deaf
+           nft add chain inet deaf input '{ type filter hook input priority 0; }'
+           nft add rule inet deaf input tcp dport 27757 reject with tcp reset")
+        .await;
+    let report = pair.migrate("web", 2, 3).await;
+    pair.assert_moved("web", 2, 3, &report).await;
+    assert_eq!(report["paths"][0]["flows"], 3, "{report}");
+    assert!(report["paths"][0]["kept"].is_string(), "{report}");
+    // The third host was told of a change that never came.
+    h1.sh("nft delete table inet deaf").await;
+    let back = pair.migrate("web", 3, 1).await;
+    pair.assert_moved("web", 3, 1, &back).await;
+    for host in 1..=3 {
+        pair.wait_until_the_hop_is_gone(host).await;
+    }
+    assert_went_on(&client.stop().await, 3);
+    pair.down().await;
+}
