@@ -25,6 +25,7 @@
 //! | [`hold`] | keeping packets in the kernel while the container is nowhere |
 
 pub mod alias;
+mod counting;
 mod entry;
 mod error;
 mod events;
@@ -40,6 +41,7 @@ mod table;
 mod tuple;
 mod wire;
 
+pub use counting::Counting;
 pub use entry::{Counters, Entry, SctpInfo, Status, TcpInfo, TcpSide, TcpState};
 pub use error::{Error, Result};
 pub use events::{Change, Event, Events};

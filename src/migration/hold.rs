@@ -8,11 +8,12 @@
 //!
 //! A container without an address has no packets: none wait, and its silence needs no fence.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
 use super::drain::Drainage;
-use super::{Asked, Effect, Migration, home};
+use super::{Asked, Effect, Migration, home, preflight};
 use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, HoldSpec, PortProtocol, Reserved};
 use crate::criu::Freezer;
@@ -27,11 +28,15 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     let pid = container.pid.ok_or(Error::OutOfOrder("process"))?;
     let addresses: Vec<_> = container.addresses().collect();
     let on_a_network = !addresses.is_empty();
-    let ports: Vec<_> = container.ports.iter().filter_map(held_ports).collect();
     // Bound before it is written down: whoever else migrates now gets another one.
     let reserved = on_a_network.then(Reserved::first_free).transpose()?;
+    let ports: Vec<_> = container.ports.iter().filter_map(held_ports).collect();
+    let tied = preflight::flows_of(container).await?;
+    let tied = tied.iter().filter(|flow| flow.is_tied_to_interface());
+    let masqueraded: BTreeSet<_> = tied.map(|flow| flow.entry.original.source).collect();
     let spec = reserved.as_ref().map(|reserved| HoldSpec {
         ports: ports.clone(),
+        masqueraded: masqueraded.iter().copied().collect(),
         hop: Some(hop),
         packets: config.hold_packets,
         bytes: config.hold_bytes,

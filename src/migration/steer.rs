@@ -35,7 +35,7 @@ pub(super) async fn mark(
         .iter()
         .filter(|flow| flow.came_by() != Some(hop))
         .collect();
-    alias::remember(&alias::of_flows(leaving.iter().copied(), &subnets))?;
+    alias::Peers::of(leaving.iter().copied(), &subnets).remember()?;
     let (tied, free): (Vec<&Flow>, _) = leaving
         .into_iter()
         .partition(|flow| flow.is_tied_to_interface());

@@ -237,6 +237,10 @@ pub enum Command {
     Flows {
         /// Only those of this container
         container: Option<String>,
+
+        /// Show them again and again, every so often, as in 1s; with --json, a list a line
+        #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "1s", value_parser = duration)]
+        watch: Option<Duration>,
     },
 
     /// Finish or undo what an interrupted migration left on this host
