@@ -16,7 +16,7 @@
 //!
 //! iperf3 is known not to end when its control connection is disturbed, so what it prints is read line
 //! by line as it comes (`--json-stream`), and it is interrupted, and at last killed, from here.
-//! `LIVEMIG_BENCH_SECONDS` (30, at least 15) of each run.
+//! `LIVEMIG_BENCH_SECONDS` (30, at least 15) of each run; `LIVEMIG_BENCH_PROTOCOLS` (tcp,udp).
 
 #[path = "../tests/lab/mod.rs"]
 mod lab;
@@ -105,7 +105,10 @@ async fn main() -> ExitCode {
     println!("raw WireGuard, one hop: {raw_tcp:.0} Mbit/s, {raw_udp:.0} datagrams/s\n");
 
     let mut runs = Vec::new();
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
+    let wanted = record::choice("LIVEMIG_BENCH_PROTOCOLS", "tcp,udp");
+    let mut protocols = vec![Protocol::Tcp, Protocol::Udp];
+    protocols.retain(|protocol| wanted.iter().any(|name| name == protocol.name()));
+    for protocol in protocols {
         for shortened in [true, false] {
             if let Some(run) = measure(protocol, shortened, seconds).await {
                 show(&run);
@@ -444,7 +447,7 @@ fn verdict(result: &Value, runs: &[Run]) -> bool {
             second / first,
             of("after_second_unshortened") / of("after_first_unshortened"),
         );
-        if key == "tcp_mbps" {
+        if key == "tcp_mbps" && first.is_finite() {
             let good = second >= 0.95 * first;
             println!(
                 "{}: 0.95 or more is asked for",
@@ -463,7 +466,6 @@ fn chart(runs: &[Run]) -> String {
     const PANEL: f64 = 230.0;
     const GAP: f64 = 90.0;
     const TOP: f64 = 50.0;
-    const DECADES: f64 = 4.0;
     let last = runs.iter().filter_map(|run| run.samples.last());
     let seconds = last.map(|sample| sample.to).fold(1.0, f64::max).ceil();
     let height = TOP + 2.0 * (PANEL + GAP);
@@ -482,10 +484,15 @@ fn chart(runs: &[Run]) -> String {
         // By powers of ten: a tunnel carries so much less than a bridge that the differences after
         // the first migration would be a line on the axis.
         let rates = of.iter().flat_map(|run| run.samples.iter().map(|s| s.rate));
-        let top = rates.fold(10.0, f64::max).log10().ceil();
+        let mut rates: Vec<f64> = rates.filter(|rate| *rate > 0.0).collect();
+        rates.sort_by(f64::total_cmp);
+        // Moments in which next to nothing passes may lie on the axis.
+        let at = |index: usize| rates.get(index).copied().unwrap_or(1.0).log10();
+        let top = at(rates.len().saturating_sub(1)).ceil();
+        let decades = (top - at(rates.len() / 10).floor()).clamp(1.0, 4.0);
         let y = |rate: f64| {
             let below = top - rate.max(1e-9).log10();
-            bottom - PANEL * (1.0 - below / DECADES).clamp(0.0, 1.0)
+            bottom - PANEL * (1.0 - below / decades).clamp(0.0, 1.0)
         };
         line(&format!(
             "<text x=\"{LEFT}\" y=\"{}\" font-size=\"15\" font-weight=\"bold\">iperf3 {}: {}</text>",
@@ -493,7 +500,7 @@ fn chart(runs: &[Run]) -> String {
             protocol.name().to_uppercase(),
             protocol.unit()
         ));
-        for tick in 0..=DECADES as i32 {
+        for tick in 0..=decades as i32 {
             let value = 10f64.powf(top - f64::from(tick));
             let at = y(value);
             line(&format!(
