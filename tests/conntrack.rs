@@ -68,7 +68,9 @@ fn a_published_connection_is_seen_marked_and_heard_of() {
         let echo = echo_once(&net, server);
         let published: SocketAddr = published.parse().unwrap();
         within(&net.host, async || {
-            let mut events = table.events().unwrap();
+            let mut events = table
+                .events(&[Change::New, Change::Update, Change::Destroy])
+                .unwrap();
             let mut stream = net
                 .client
                 .run(|| TcpStream::connect(published))
@@ -723,10 +725,9 @@ fn a_program_on_the_anchor_goes_on_though_its_address_is_the_other_hosts_too() {
             assert!(now.status.has(entry.status.portable()), "{now:?} {entry:?}");
             flows.push(flow);
         }
-        let pairs = alias::of_flows(&flows, &subnets);
-        assert_eq!(pairs.len(), 1);
-        alias::remember(&pairs).unwrap();
-        alias::remember(&pairs).unwrap();
+        let peers = alias::Peers::of(&flows, &subnets);
+        peers.remember().unwrap();
+        peers.remember().unwrap();
         flows
     });
     assert_eq!(flows.len(), 1);

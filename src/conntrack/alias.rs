@@ -11,7 +11,7 @@
 //! destination back:
 //!
 //! ```text
-//!   destination, into3:   ct status & (snat | dnat) == 0 fib daddr type local
+//!   destination, into3:   ct status & (snat | dnat | confirmed) == confirmed fib daddr type local
 //!                           ip daddr set ip daddr | 240.0.0.0              # 10.88.0.1 → 250.88.0.1
 //!   anchor, unalias:      iifname "livemig*" ip daddr 240.0.0.0/4
 //!                           ip daddr set ip saddr . ip daddr map @peers    # (10.88.0.5, 250.88.0.1)
@@ -23,13 +23,14 @@
 //! (`nft_payload_set_eval`); an ICMP error quotes a packet of the other direction, which has no alias.
 //!
 //! A packet whose connection is translated here has its destination changed after steering: that is
-//! how it looks local now. It is left alone.
+//! how it looks local now. It is left alone, as is the first packet of one that is about to be
+//! translated ([`forward`](super::forward)): such a connection is not confirmed yet.
 //!
 //! An alias is the address with its first bits replaced: by those of 240.0.0.0/4 (reserved, RFC 1112,
-//! section 4) or of 100::/64 (discard-only, RFC 6666), which no host has. The bits that are lost are
-//! found again by the container that the packet comes from.
+//! section 4) or of fe00::/9 (reserved by the IETF, RFC 4291, section 2.4), which no host has. The bits
+//! that are lost are found again by the container that the packet comes from.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use rustix::io::Errno;
@@ -51,36 +52,82 @@ const MAPS: [(&str, &str, &str); 2] = [
 /// What the first bits of an IPv4 address become, and how many they are.
 const V4: (Ipv4Addr, u8) = (Ipv4Addr::new(240, 0, 0, 0), 4);
 /// What the first bits of an IPv6 address become, and how many they are.
-const V6: (Ipv6Addr, u8) = (Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0), 64);
+const V6: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfe00, 0, 0, 0, 0, 0, 0, 0), 9);
+/// The other bits, which stay.
+const V6_KEPT: u128 = u128::MAX >> V6.1;
+/// How many peers of one migration are remembered. One that is left out is lost only if its address
+/// is the destination's.
+const LIMIT: usize = 4096;
 
 /// The alias of an address.
 fn alias(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(address) => Ipv4Addr::from(u32::from(address) | u32::from(V4.0)).into(),
         IpAddr::V6(address) => {
-            let rest = u128::from(address) & u128::from(u64::MAX);
-            Ipv6Addr::from(rest | u128::from(V6.0)).into()
+            Ipv6Addr::from(u128::from(address) & V6_KEPT | u128::from(V6.0)).into()
         }
     }
 }
 
-/// A container's address and a peer that it knows under an address that may be its next host's too.
-pub type Pair = (IpAddr, IpAddr);
+/// Peers of containers, by the container's address and their alias.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Peers(BTreeMap<(IpAddr, IpAddr), IpAddr>);
 
-/// The pairs among these flows that need an alias: whose peer is the gateway of one of the subnets.
-pub fn of_flows<'a>(
-    flows: impl IntoIterator<Item = &'a Flow>,
-    subnets: &[Subnet],
-) -> BTreeSet<Pair> {
-    flows
-        .into_iter()
-        .filter(|flow| {
-            subnets
-                .iter()
-                .any(|subnet| subnet.gateway == Some(flow.peer()))
-        })
-        .map(|flow| (flow.container, flow.peer()))
-        .collect()
+impl Peers {
+    /// Those of these flows. Which of them the destination takes for itself, only it knows; the
+    /// gateways of the container's subnets surely, so they come first.
+    pub fn of<'a>(
+        flows: impl IntoIterator<Item = &'a Flow, IntoIter: Clone>,
+        subnets: &[Subnet],
+    ) -> Peers {
+        let flows = flows.into_iter();
+        let is_gateway = |flow: &&Flow| subnets.iter().any(|s| s.gateway == Some(flow.peer()));
+        let gateways = flows.clone().filter(is_gateway);
+        let mut peers = BTreeMap::new();
+        for flow in gateways.chain(flows) {
+            let peer = flow.peer();
+            if peers.len() < LIMIT && peer.is_ipv6() == flow.container.is_ipv6() {
+                peers.entry((flow.container, alias(peer))).or_insert(peer);
+            }
+        }
+        Peers(peers)
+    }
+
+    /// From here on, what these containers send out of a hop to an alias of these peers is for them.
+    ///
+    /// A few messages to the kernel. Doing it twice is doing it once.
+    ///
+    /// # Errors
+    /// When the kernel refuses, as it does if the rules of no hop are installed.
+    pub fn remember(&self) -> Result<()> {
+        /// What fits into a message: a socket sends 212,992 bytes at once unless told otherwise.
+        const AT_ONCE: usize = 512;
+        let mut rules = Rules::open()?;
+        let mut elements = self.0.iter().peekable();
+        while elements.peek().is_some() {
+            let some = elements.by_ref().take(AT_ONCE);
+            let requests = some.map(|((container, alias), peer)| {
+                let map = MAPS[usize::from(container.is_ipv6())].2;
+                let key = [octets(*container), octets(*alias)].concat();
+                ruleset::add_mapping(map, &key, &octets(*peer))
+            });
+            match rules.change("remember the peers of a container", requests.collect()) {
+                // Another peer has this alias already, of an earlier container with this address.
+                Err(error) if error.errno() == Some(Errno::EXIST) => {
+                    tracing::warn!(%error, "a peer may not be found behind its alias");
+                }
+                outcome => outcome?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
 }
 
 /// The commands that make the maps and fill the chain that gives packets their destination back.
@@ -121,10 +168,7 @@ fn prefixes() -> [(IpAddr, u8); 2] {
 
 /// The rules that give a packet's destination its alias if it is one of this host's own.
 pub(super) fn rules(chain: &str) -> Vec<Value> {
-    let rest = [
-        Value::Null,
-        json!(Ipv6Addr::from(u128::from(u64::MAX)).to_string()),
-    ];
+    let rest = [Value::Null, json!(Ipv6Addr::from(V6_KEPT).to_string())];
     MAPS.into_iter()
         .zip(prefixes())
         .zip(rest)
@@ -142,8 +186,10 @@ pub(super) fn rules(chain: &str) -> Vec<Value> {
                         if ip == "ip" { "ipv4" } else { "ipv6" },
                     ),
                     equal(
-                        json!({ "&": [{ "ct": { "key": "status" } }, ["snat", "dnat"]] }),
-                        0,
+                        json!({ "&": [
+                            { "ct": { "key": "status" } }, ["snat", "dnat", "confirmed"],
+                        ] }),
+                        "confirmed",
                     ),
                     equal(
                         json!({ "fib": { "result": "type", "flags": ["daddr"] } }),
@@ -156,46 +202,17 @@ pub(super) fn rules(chain: &str) -> Vec<Value> {
         .collect()
 }
 
-/// The map that an element belongs to, its key and its value as the kernel has them.
-fn element((container, peer): Pair) -> (&'static str, Vec<u8>, Vec<u8>) {
-    let bytes = |address: IpAddr| match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    };
-    let map = MAPS[usize::from(container.is_ipv6())].2;
-    (
-        map,
-        [bytes(container), bytes(alias(peer))].concat(),
-        bytes(peer),
-    )
-}
-
-/// From here on, what these containers send out of a hop to an alias of these peers is for them.
-///
-/// One message to the kernel. Doing it twice is doing it once.
-///
-/// # Errors
-/// When the kernel refuses, as it does if the rules of no hop are installed.
-pub fn remember(pairs: &BTreeSet<Pair>) -> Result<()> {
-    let same_family = pairs.iter().filter(|(a, b)| a.is_ipv6() == b.is_ipv6());
-    let elements = same_family.map(|pair| {
-        let (map, key, value) = element(*pair);
-        ruleset::add_mapping(map, &key, &value)
-    });
-    Ok(Rules::open()?.change("remember the peers of a container", elements.collect())?)
-}
-
 /// Forgets the peers of containers that none of these connections, all that the kernel has, is
 /// steered for any more.
 ///
 /// # Errors
 /// When the kernel cannot be asked, or refuses.
 pub fn forget_unused(entries: &[Entry]) -> Result<()> {
-    let steered = |container: IpAddr| {
-        entries
-            .iter()
-            .any(|entry| entry.mark.is_steered() && entry.concerns(container))
-    };
+    let steered: HashSet<IpAddr> = entries
+        .iter()
+        .filter(|entry| entry.mark.is_steered())
+        .flat_map(|entry| [entry.original.source, entry.reply.source])
+        .collect();
     let mut rules = Rules::open()?;
     for (.., map) in MAPS {
         for key in rules.keys(map)? {
@@ -206,7 +223,7 @@ pub fn forget_unused(entries: &[Entry]) -> Result<()> {
                     None => continue,
                 },
             };
-            if steered(container) {
+            if steered.contains(&container) {
                 continue;
             }
             let gone = vec![ruleset::delete_element(map, &key)];
@@ -229,7 +246,8 @@ mod tests {
         for (address, expected) in [
             ("10.88.0.1", "250.88.0.1"),
             ("192.168.1.1", "240.168.1.1"),
-            ("fd00:88::1", "100::1"),
+            ("fd00:88::1", "fe00:88::1"),
+            ("2001:db8::1", "fe01:db8::1"),
         ] {
             let address: IpAddr = address.parse().unwrap();
             assert_eq!(alias(address).to_string(), expected);

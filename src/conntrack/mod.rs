@@ -22,14 +22,17 @@
 //! | [`Flow`] | an entry as seen from the container: who opened it, what each host has to do |
 //! | [`steer`] | the nftables rules that turn marks into routes, and guard the hops |
 //! | [`alias`] | other names for peers whose address the destination has too |
+//! | [`forward`] | new connections that are carried after a container |
 //! | [`hold`] | keeping packets in the kernel while the container is nowhere |
 
 pub mod alias;
+mod counting;
 mod entry;
 mod error;
 mod events;
 mod fence;
 mod flow;
+pub mod forward;
 mod gate;
 pub mod hold;
 mod mark;
@@ -40,6 +43,7 @@ mod table;
 mod tuple;
 mod wire;
 
+pub use counting::Counting;
 pub use entry::{Counters, Entry, SctpInfo, Status, TcpInfo, TcpSide, TcpState};
 pub use error::{Error, Result};
 pub use events::{Change, Event, Events};

@@ -8,11 +8,12 @@
 //!
 //! A container without an address has no packets: none wait, and its silence needs no fence.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
 use super::drain::Drainage;
-use super::{Asked, Effect, Migration, home};
+use super::{Asked, Effect, Migration, forwarding, home, preflight};
 use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, HoldSpec, PortProtocol, Reserved};
 use crate::criu::Freezer;
@@ -27,21 +28,29 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     let pid = container.pid.ok_or(Error::OutOfOrder("process"))?;
     let addresses: Vec<_> = container.addresses().collect();
     let on_a_network = !addresses.is_empty();
-    let ports: Vec<_> = container.ports.iter().filter_map(held_ports).collect();
     // Bound before it is written down: whoever else migrates now gets another one.
     let reserved = on_a_network.then(Reserved::first_free).transpose()?;
+    let ports: Vec<_> = container.ports.iter().filter_map(held_ports).collect();
+    let tied = preflight::flows_of(container).await?;
+    let tied = tied.iter().filter(|flow| flow.is_tied_to_interface());
+    let masqueraded: BTreeSet<_> = tied.map(|flow| flow.entry.original.source).collect();
     let spec = reserved.as_ref().map(|reserved| HoldSpec {
         ports: ports.clone(),
+        masqueraded: masqueraded.iter().copied().collect(),
         hop: Some(hop),
         packets: config.hold_packets,
         bytes: config.hold_bytes,
         ..HoldSpec::new(reserved.queue(), addresses.clone())
     });
     let freezer = Freezer::of(pid, Path::new("/"))?;
+    let own = migration.request.forward_new;
+    let networks = &migration.preflight.offer.networks;
+    let forwarding = forwarding::after_leaving(config, container, networks, hop, own)?;
     let fence = on_a_network.then(|| Fence {
         container: container.id.clone(),
         addresses: addresses.clone(),
-        ports,
+        // What is carried on is not refused.
+        ports: if own { Vec::new() } else { ports },
     });
     let destination = Effect::Destination {
         peer: migration.request.to.clone(),
@@ -56,6 +65,10 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         freezer: freezer.clone(),
     });
     effects.extend(fence.clone().map(|fence| Effect::Fenced { fence }));
+    effects.push(Effect::Forwarding {
+        container: container.id.clone(),
+        before: forwarding::of(config, &container.id)?,
+    });
     effects.extend([
         Effect::Steered { addresses, hop },
         destination,
@@ -70,6 +83,10 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     if let Some(fence) = &fence {
         fence.prepare().await?;
     }
+    if let Some(forwarding) = &forwarding {
+        forwarding::prepare(config, forwarding).await?;
+    }
+    migration.forwarding = forwarding;
     migration.freezer = Some(freezer);
     migration.fence = fence;
     if let (Some(reserved), Some(spec)) = (reserved, spec) {
@@ -102,7 +119,7 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
 }
 
 /// The ports at which new connections wait; those of other protocols have none.
-fn held_ports(port: &PublishedPort) -> Option<HeldPorts> {
+pub(super) fn held_ports(port: &PublishedPort) -> Option<HeldPorts> {
     let protocol = match port.protocol.as_str() {
         "tcp" => PortProtocol::Tcp,
         "udp" => PortProtocol::Udp,

@@ -35,7 +35,7 @@ pub(super) async fn mark(
         .iter()
         .filter(|flow| flow.came_by() != Some(hop))
         .collect();
-    alias::remember(&alias::of_flows(leaving.iter().copied(), &subnets))?;
+    alias::Peers::of(leaving.iter().copied(), &subnets).remember()?;
     let (tied, free): (Vec<&Flow>, _) = leaving
         .into_iter()
         .partition(|flow| flow.is_tied_to_interface());
@@ -71,6 +71,10 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     if let Some(fence) = &migration.fence {
         let refused = fence.refuse();
         migration.note("refusing new connections", refused.map_err(Into::into));
+    }
+    if let Some(forwarding) = &migration.forwarding {
+        let switched = forwarding.switch();
+        migration.note("carrying new connections", switched.map_err(Into::into));
     }
     if migration.comes_home {
         let released = home::release_there(migration).await;

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::effect::{Asked, Effect, End};
 use super::event::{Event, Observer};
+use super::forwarding;
 use super::home::{flows, forget, mark_all, send_away};
 use super::hop::tunnels;
 use super::journal::{Journal, left_behind};
@@ -175,6 +176,9 @@ impl Hands {
                 Ok(released?)
             }
             Effect::Fenced { fence } => Ok(fence.remove().await?),
+            Effect::Forwarding { container, before } => {
+                Ok(forwarding::restore(&self.config, container, before.as_ref()).await?)
+            }
             Effect::Closed { gate } => Ok(gate.open().await?),
             Effect::Frozen { freezer } => {
                 let freezer = freezer.clone();
@@ -319,14 +323,14 @@ pub(crate) async fn leave_hop(config: &Config, user: &str) -> Result<()> {
 /// Removes the hops that no migration and no connection needs any more.
 ///
 /// A migration leaves its hop to the connections that it moved. The kernel forgets a connection some
-/// time after its end, so that also its last packets find their way.
-pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
+/// time after its end, so that also its last packets find their way. Says whether hops are left.
+pub(crate) async fn leave_idle_hops(config: &Config) -> Result<bool> {
     let tunnels = tunnels(config);
     // In this order. A migration begins its journal before it takes a hop, and closes it after its
     // connections are marked: one without a journal has done either everything or nothing.
     let hops = tunnels.registry().list()?;
     if hops.is_empty() {
-        return Ok(());
+        return Ok(false);
     }
     let mut journals = left_behind(&config.outgoing_dir())?;
     journals.extend(left_behind(&config.incoming_dir())?);
@@ -352,7 +356,7 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
             }
         }
     }
-    Ok(())
+    Ok(!tunnels.registry().list()?.is_empty())
 }
 
 /// Clears this hop from the marks of a container's flows.

@@ -409,6 +409,36 @@ fn a_burst_of_small_packets_arrives_complete_and_in_order() {
     }
 }
 
+#[test]
+fn datagrams_sent_in_one_call_arrive_one_by_one() {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+    let (a, b, _router) = hosts();
+    let (hop_a, _) = join(&a, &b);
+    b.sh("ip addr add 203.0.113.9/32 dev lo; ip addr add 2001:db8:b::9/128 dev lo nodad");
+    let data: Vec<u8> = (0..100).collect();
+    for address in ["203.0.113.9", "2001:db8:b::9"] {
+        let address: IpAddr = address.parse().unwrap();
+        let receiver = b.on(async move |_| UdpSocket::bind((address, 7000)).unwrap());
+        receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+        let sender = a.on(async move |_| marked(hop_a, address.is_ipv6()));
+        sender.connect((address, 7000)).unwrap();
+        let sent = sendmsg::<()>(
+            sender.as_raw_fd(),
+            &[std::io::IoSlice::new(&data)],
+            &[ControlMessage::UdpGsoSegments(&30)],
+            MsgFlags::empty(),
+            None,
+        );
+        assert_eq!(sent, Ok(100));
+        for part in data.chunks(30) {
+            let mut buffer = [0; 200];
+            let length = receiver.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], part);
+        }
+    }
+}
+
 /// TCP_MAXSEG: the size of the segments that the socket sends.
 fn segment_size(socket: &std::net::TcpStream) -> u32 {
     unsafe extern "C" {

@@ -11,9 +11,10 @@
 //! chain established { priority -150: after conntrack, before the guard and steering
 //!   jump hold7 }
 //! chain hold7_new {
-//!   SYNs to published ports                                            goto queue7_new }
+//!   SYNs to published ports                                            goto queue7_new
+//!   to published ports, from programs here and from masqueraded peers  goto queue7 }
 //! chain hold7 {
-//!   those SYNs, released                                               return
+//!   those, released                                                    return
 //!   what came out of the destination's hop from the container's address goto queue7
 //!   packets of inbound flows:  direction original, answered by it      goto queue7
 //!   packets of outbound flows: direction reply, opened by it           goto queue7
@@ -21,6 +22,8 @@
 //! chain queue7_new { queue flags bypass to 7 }      the first switch
 //! chain queue7 { queue flags bypass to 7 }          the second switch
 //! ```
+//!
+//! Both are there for what programs of this host send, too (hook `output`).
 //!
 //! There are two switches, so that newcomers can wait while connections that are being opened
 //! become established and what has arrived is read: [`Hold::hold_newcomers`], then
@@ -31,7 +34,8 @@
 //! SYNs are held before conntrack because an entry that is not in the table yet belongs to the one
 //! packet that made it; a SYN sent again would clash with the first one when both are released.
 //! (UDP flows that begin during a hold may have several packets; their clash is one that the
-//! kernel resolves, `nf_ct_resolve_clash`.)
+//! kernel resolves, `nf_ct_resolve_clash`.) The entries of masqueraded peers are made over again
+//! during the hold, and a packet that waits behind conntrack would still belong to the old one.
 //!
 //! # The end of a hold
 //! TCP goes first and at once; datagrams follow at a [`Pace`] that does not overflow what is on

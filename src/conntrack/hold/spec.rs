@@ -59,6 +59,11 @@ pub struct HoldSpec {
     pub addresses: Vec<IpAddr>,
     /// The ports that are published for it.
     pub ports: Vec<HeldPorts>,
+    /// The peers whose connections to these ports are translated at their source too. Their packets,
+    /// and those of programs of this host, wait before conntrack sees them: their entries are made
+    /// over again meanwhile ([`Table::pin_all`](crate::conntrack::Table::pin_all)).
+    #[serde(default)]
+    pub masqueraded: Vec<IpAddr>,
     /// The hop to the destination, so that what the container sends from there waits too, until
     /// the source has let go.
     pub hop: Option<HopId>,
@@ -80,6 +85,7 @@ impl HoldSpec {
             queue,
             addresses,
             ports: Vec::new(),
+            masqueraded: Vec::new(),
             hop: None,
             packets: DEFAULT_PACKETS,
             bytes: DEFAULT_BYTES,
@@ -164,6 +170,12 @@ impl HoldSpec {
                 commands.push(rule(chain, &statements));
             }
         }
+        for (chain, verdict) in [(&new, &known), (&established, &released)] {
+            for mut statements in self.masqueraded() {
+                statements.push(verdict.clone());
+                commands.push(rule(chain, &statements));
+            }
+        }
         for address in &self.addresses {
             if let Some(hop) = self.hop {
                 let statements = [
@@ -223,6 +235,35 @@ impl HoldSpec {
                 commands.push(rule(&established, &statements));
             }
         }
+    }
+
+    /// What matches packets to published ports whose connections are made over again while they are
+    /// held: those of programs of this host, and of peers that are masqueraded.
+    fn masqueraded(&self) -> Vec<Vec<Value>> {
+        let local = equal(
+            json!({ "fib": { "result": "type", "flags": ["saddr"] } }),
+            "local",
+        );
+        let mut sources = vec![local];
+        for six in [false, true] {
+            let peers: Vec<&IpAddr> = self
+                .masqueraded
+                .iter()
+                .filter(|a| a.is_ipv6() == six)
+                .collect();
+            if let Some(first) = peers.first() {
+                sources.push(equal(payload(ip(first), "saddr"), json!({ "set": peers })));
+            }
+        }
+        let mut matches = Vec::new();
+        for protocol in [PortProtocol::Tcp, PortProtocol::Udp] {
+            for statements in published::matches(&self.ports, protocol) {
+                for source in &sources {
+                    matches.push([&[source.clone()][..], &statements].concat());
+                }
+            }
+        }
+        matches
     }
 }
 

@@ -42,12 +42,23 @@ pub(super) struct Run {
     packets: usize,
     /// The last one was smaller or ends something: nothing may follow.
     ended: bool,
+    /// The kernel can cut datagrams as well.
+    datagrams: bool,
 }
 
 impl Run {
+    /// No packets; `datagrams` if the kernel can cut those as well as streams.
+    pub(super) fn new(datagrams: bool) -> Self {
+        Self {
+            datagrams,
+            ..Self::default()
+        }
+    }
+
     /// Begins a run with a packet, if it can be part of one. The run before must have been taken.
     pub(super) fn begin(&mut self, packet: &[u8]) -> bool {
-        let Some(shape) = shape_of(packet) else {
+        let Some(shape) = shape_of(packet).filter(|shape| self.datagrams || shape.protocol == TCP)
+        else {
             return false;
         };
         self.frame.clear();

@@ -45,6 +45,7 @@ impl Offload {
             0 => Kind::Single,
             1 => Kind::Tcp4,
             4 => Kind::Tcp6,
+            5 => Kind::Udp,
             _ => return None,
         };
         Some(Self {

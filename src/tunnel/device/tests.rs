@@ -86,7 +86,7 @@ fn cut(frame: &[u8], largest: usize) -> Option<Vec<Vec<u8>>> {
 
 /// Runs of all packets, as they are written.
 fn merge(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
-    let mut run = Run::default();
+    let mut run = Run::new(true);
     let mut written = Vec::new();
     for packet in packets {
         if !run.add(packet) {
@@ -120,6 +120,27 @@ proptest! {
     }
 
     #[test]
+    fn datagrams_are_the_same_once_they_were_merged_and_cut(
+        v6: bool,
+        size in 1_usize..1460,
+        identification: u16,
+        data in proptest::collection::vec(any::<u8>(), 1..20_000),
+    ) {
+        let packets: Vec<_> = data
+            .chunks(size)
+            .zip(0..)
+            .map(|(part, index)| packet(v6, identification.wrapping_add(index), None, part))
+            .collect();
+        let written = merge(&packets);
+        prop_assert_eq!(written.len(), packets.len().div_ceil(64));
+        let again: Vec<_> = written
+            .iter()
+            .flat_map(|frame| cut(frame, 100).expect("what was merged can be cut"))
+            .collect();
+        prop_assert_eq!(again, packets);
+    }
+
+    #[test]
     fn packets_that_do_not_fit_the_way_are_made_smaller_and_carry_the_same(
         v6: bool,
         sequence: u32,
@@ -133,7 +154,7 @@ proptest! {
         for packet in &packets {
             prop_assert!(packet.len() <= largest);
             // A right checksum, or it could not begin a run.
-            prop_assert!(Run::default().begin(packet));
+            prop_assert!(Run::new(true).begin(packet));
             let begin = headers - 32 + 4;
             let at = u32::from_be_bytes(packet[begin..begin + 4].try_into().unwrap());
             prop_assert_eq!(at.wrapping_sub(sequence) as usize, carried.len());
@@ -162,7 +183,7 @@ fn only_what_continues_a_run_is_merged() {
     let first = tcp(1000, ACK);
     let next = tcp(1100, ACK);
     let follows = |first: &[u8], second: &[u8]| {
-        let mut run = Run::default();
+        let mut run = Run::new(true);
         run.begin(first) && run.add(second)
     };
     assert!(follows(&first, &next));
@@ -186,7 +207,7 @@ fn only_what_continues_a_run_is_merged() {
             .add(&other[20..])
             .complement();
         other[36..38].copy_from_slice(&sum);
-        assert!(Run::default().begin(&other), "{at}");
+        assert!(Run::new(true).begin(&other), "{at}");
         assert!(!follows(&first, &other), "{at}");
     }
     // What is damaged stays alone, with its wrong checksum.
@@ -198,11 +219,11 @@ fn only_what_continues_a_run_is_merged() {
     // A fragment, and UDP without a checksum.
     let mut fragment = first.clone();
     fragment[6] = 0x20;
-    assert!(!Run::default().begin(&fragment));
+    assert!(!Run::new(true).begin(&fragment));
     let mut bare = packet(false, 1, None, &payload);
-    assert!(Run::default().begin(&bare));
+    assert!(Run::new(true).begin(&bare));
     bare[26..28].fill(0);
-    assert!(!Run::default().begin(&bare));
+    assert!(!Run::new(true).begin(&bare));
 }
 
 #[test]

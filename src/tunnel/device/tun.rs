@@ -26,6 +26,9 @@ const TUNSETIFF: Opcode = ioctl::opcode::write::<i32>(b'T', 202);
 const TUNSETOFFLOAD: Opcode = ioctl::opcode::write::<u32>(b'T', 208);
 /// Checksums and TCP of both families are left to us (`TUN_F_CSUM`, `TUN_F_TSO4`, `TUN_F_TSO6`).
 const OFFLOADS: usize = 0x01 | 0x02 | 0x04;
+/// And UDP of both families (`TUN_F_USO4`, `TUN_F_USO6`). A kernel that knows these, from 6.2 on,
+/// takes several datagrams in one from us as well.
+const OFFLOADS_UDP: usize = OFFLOADS | 0x20 | 0x40;
 
 /// How many reads there are before what was read goes on.
 const READS: usize = 64;
@@ -62,10 +65,12 @@ pub(super) fn open(interface: &str, path: Arc<PathMtu>) -> io::Result<(Writer, R
         .copy_from_slice(interface.as_bytes());
     // SAFETY: TUNSETIFF reads and writes one `struct ifreq` (40 bytes), which this is.
     unsafe { ioctl::ioctl(&file, ioctl::Updater::<TUNSETIFF, _>::new(&mut request)) }?;
-    // SAFETY: TUNSETOFFLOAD takes a number.
-    let offloads =
-        unsafe { ioctl::ioctl(&file, IntegerSetter::<TUNSETOFFLOAD>::new_usize(OFFLOADS)) };
-    if let Err(error) = offloads {
+    let set = |offloads| {
+        // SAFETY: TUNSETOFFLOAD takes a number.
+        unsafe { ioctl::ioctl(&file, IntegerSetter::<TUNSETOFFLOAD>::new_usize(offloads)) }
+    };
+    let datagrams = set(OFFLOADS_UDP).is_ok();
+    if !datagrams && let Err(error) = set(OFFLOADS) {
         tracing::debug!(%error, "the interface gives packets one by one");
     }
     // SAFETY: the descriptor is owned, and stays where it is until the `AsyncFd` is dropped.
@@ -76,7 +81,7 @@ pub(super) fn open(interface: &str, path: Arc<PathMtu>) -> io::Result<(Writer, R
         buffer: vec![0; LARGEST_READ],
         packets: Vec::with_capacity(READS),
     };
-    Ok((Writer::new(file), reader))
+    Ok((Writer::new(file, datagrams), reader))
 }
 
 /// Reads packets.
@@ -166,7 +171,6 @@ struct Shared {
     wake: Notify,
 }
 
-#[derive(Default)]
 struct Pending {
     run: Run,
     /// The flusher is on its way.
@@ -176,10 +180,14 @@ struct Pending {
 }
 
 impl Writer {
-    fn new(file: Arc<AsyncFd<OwnedFd>>) -> Self {
+    fn new(file: Arc<AsyncFd<OwnedFd>>, datagrams: bool) -> Self {
         let shared = Arc::new(Shared {
             file,
-            pending: Mutex::default(),
+            pending: Mutex::new(Pending {
+                run: Run::new(datagrams),
+                woken: false,
+                apart: false,
+            }),
             wake: Notify::new(),
         });
         let flusher = tokio::spawn({
@@ -218,12 +226,28 @@ impl Shared {
         match rustix::io::write(self.file.get_ref(), frame) {
             Ok(_) => Ok(()),
             Err(Errno::INVAL) if several => {
-                pending.apart = true;
                 tracing::warn!("the kernel takes packets one by one only");
-                Ok(())
+                pending.apart = true;
+                self.write_apart(frame)
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Writes the packets of a run one by one.
+    fn write_apart(&self, frame: &[u8]) -> io::Result<()> {
+        let (header, packet) = frame.split_first_chunk().ok_or(Errno::INVAL)?;
+        let offload = Offload::parse(*header).ok_or(Errno::INVAL)?;
+        let mut written = Ok(());
+        segment::cut(&mut packet.to_vec(), offload, usize::MAX, |length, fill| {
+            let mut packet = vec![0; length];
+            fill(&mut packet);
+            let result = self.write(&packet);
+            if written.is_ok() {
+                written = result;
+            }
+        });
+        written
     }
 
     fn write(&self, packet: &[u8]) -> io::Result<()> {
