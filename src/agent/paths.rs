@@ -44,7 +44,7 @@ use super::session::{number, said};
 use super::{Body, Caller, Connection, Fingerprint, Identity, Limits, Peer, Peers};
 use super::{Permission, Refusal, Reply};
 use crate::conntrack::hold::{Hold, HoldSpec, Pace, Rate, Reserved, To};
-use crate::conntrack::{Tuple, steer};
+use crate::conntrack::{Tuple, alias, steer};
 use crate::migration::{self, Effect, End, Hands, Journal, ON_ITS_WAY};
 use crate::podman::Client;
 use crate::tunnel::HopId;
@@ -389,6 +389,8 @@ impl Paths {
         // Those that began since are meant as well.
         let mut flows = migration::flows_of(addresses).await?;
         flows.retain(|flow| flow.goes_by() == Some(old));
+        // Some of their peers may be the host of the container, or have an address that it has too.
+        alias::Peers::of(&flows, &[]).remember()?;
         let ask = Switch {
             flows: flows.iter().map(|flow| flow.seen).collect(),
         };

@@ -22,6 +22,9 @@
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
 //!    │  ◀───────────────────────────────────── Nothing
 //!
+//!  when new connections come through a hop no more:
+//!    │  DELETE /v1/forwardings/CONTAINER ──────────────▶
+//!    │  ◀───────────────────────────────────── Nothing
 //!  at any point before commit:
 //!    │  DELETE /v1/migrations/ID ──────────────────────▶  undoes all of it, also a running container
 //!    │  ◀────────────────────────────────────── Undone    only now may the source thaw
@@ -158,6 +161,9 @@ pub struct Prepare {
     pub offer: Offer,
     /// The source's end of the hop.
     pub hop: tunnel::Proposal,
+    /// Whether new connections for the container will come through the hop, too.
+    #[serde(default)]
+    pub forward: bool,
 }
 
 /// It is ready.
