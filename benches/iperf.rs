@@ -463,6 +463,7 @@ fn chart(runs: &[Run]) -> String {
     const PANEL: f64 = 230.0;
     const GAP: f64 = 90.0;
     const TOP: f64 = 50.0;
+    const DECADES: f64 = 4.0;
     let last = runs.iter().filter_map(|run| run.samples.last());
     let seconds = last.map(|sample| sample.to).fold(1.0, f64::max).ceil();
     let height = TOP + 2.0 * (PANEL + GAP);
@@ -478,17 +479,23 @@ fn chart(runs: &[Run]) -> String {
     for (index, protocol) in [Protocol::Tcp, Protocol::Udp].into_iter().enumerate() {
         let of: Vec<&Run> = runs.iter().filter(|run| run.protocol == protocol).collect();
         let bottom = TOP + PANEL + index as f64 * (PANEL + GAP);
+        // By powers of ten: a tunnel carries so much less than a bridge that the differences after
+        // the first migration would be a line on the axis.
         let rates = of.iter().flat_map(|run| run.samples.iter().map(|s| s.rate));
-        let step = round_step(rates.fold(0.0, f64::max) / 5.0);
-        let y = |rate: f64| bottom - PANEL * rate / (5.0 * step);
+        let top = rates.fold(10.0, f64::max).log10().ceil();
+        let y = |rate: f64| {
+            let below = top - rate.max(1e-9).log10();
+            bottom - PANEL * (1.0 - below / DECADES).clamp(0.0, 1.0)
+        };
         line(&format!(
             "<text x=\"{LEFT}\" y=\"{}\" font-size=\"15\" font-weight=\"bold\">iperf3 {}: {}</text>",
             bottom - PANEL - 14.0,
             protocol.name().to_uppercase(),
             protocol.unit()
         ));
-        for tick in 0..=5 {
-            let (at, value) = (y(f64::from(tick) * step), f64::from(tick) * step);
+        for tick in 0..=DECADES as i32 {
+            let value = 10f64.powf(top - f64::from(tick));
+            let at = y(value);
             line(&format!(
                 "<line x1=\"{LEFT}\" y1=\"{at:.1}\" x2=\"{:.1}\" y2=\"{at:.1}\" stroke=\"#ddd\"/>\
                  <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{value:.0}</text>",
@@ -555,14 +562,4 @@ fn chart(runs: &[Run]) -> String {
     }
     out.push_str("</svg>\n");
     out
-}
-
-/// The next larger of 1, 2, 5, 10, ...
-fn round_step(least: f64) -> f64 {
-    let power = 10f64.powf(least.max(1e-9).log10().floor());
-    [1.0, 2.0, 5.0, 10.0]
-        .into_iter()
-        .map(|factor| factor * power)
-        .find(|step| *step >= least)
-        .unwrap_or(10.0 * power)
 }
