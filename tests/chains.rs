@@ -184,3 +184,76 @@ async fn strangers_are_introduced_if_both_allow_it() {
     assert_went_on(&chain.from_h1.stop().await, 3);
     pair.down().await;
 }
+
+#[tokio::test]
+async fn flows_are_shown_live_with_their_hops_and_counters() {
+    let pair = Pair::up().await;
+    pair.host(1)
+        .run_workload("web", &["-p", "7000:7000"], &["echo", "7000"])
+        .await;
+    let ip = pair.host(1).ip();
+    let client = pair.client(1).spawn(&["client-echo", &ip, "7000"]).await;
+    pair.migrate("web", 1, 2).await;
+    // The host that it has left knows it by its address, the one that it is on by its name.
+    for (host, name, other) in [(1, Value::Null, "h2"), (2, Value::from("web"), "h1")] {
+        let live = ["livemig", "--json", "flows", "--watch"];
+        let live = pair.host(host).spawn_command(&live);
+        let lists = loop {
+            let lines = live.stdout();
+            let lists: Vec<Value> = lines
+                .split_inclusive('\n')
+                .filter(|line| line.ends_with('\n'))
+                .map(|line| serde_json::from_str(line).expect("a list a line"))
+                .collect();
+            if lists.len() >= 2 {
+                break lists;
+            }
+            tokio::time::sleep(lab::LOOK).await;
+        };
+        live.stop().await;
+        let bytes = |list: &Value| {
+            assert_eq!(list.as_array().map(Vec::len), Some(1), "{list}");
+            assert_eq!(list[0]["container"], name, "{list}");
+            assert!(list[0]["hops"].to_string().contains(other), "{list}");
+            let counters = &list[0]["flow"]["entry"]["counters"];
+            (
+                counters[0]["bytes"].as_u64().expect("a number"),
+                counters[1]["bytes"].as_u64().expect("a number"),
+            )
+        };
+        let (before, after) = (bytes(&lists[0]), bytes(&lists[1]));
+        assert!(after.0 > before.0 && after.1 > before.1, "{lists:?}");
+    }
+    assert_went_on(&client.stop().await, 1);
+    pair.down().await;
+}
+
+#[tokio::test]
+async fn a_chain_stays_when_its_anchor_does_not_answer() {
+    let pair = forgetful(3, 1).await;
+    let h1 = pair.host(1);
+    h1.run_workload("web", &["-p", "7000:7000"], &["echo", "7000"])
+        .await;
+    let many = ["--connections", "3"];
+    let ip = h1.ip();
+    let client = [&["client-echo", &ip, "7000"], &many[..]].concat();
+    let client = pair.client(1).spawn(&client).await;
+    pair.migrate("web", 1, 2).await;
+    h1.sh("nft add table inet deaf
+           nft add chain inet deaf input '{ type filter hook input priority 0; }'
+           nft add rule inet deaf input tcp dport 27757 reject with tcp reset")
+        .await;
+    let report = pair.migrate("web", 2, 3).await;
+    pair.assert_moved("web", 2, 3, &report).await;
+    assert_eq!(report["paths"][0]["flows"], 3, "{report}");
+    assert!(report["paths"][0]["kept"].is_string(), "{report}");
+    // The third host was told of a change that never came.
+    h1.sh("nft delete table inet deaf").await;
+    let back = pair.migrate("web", 3, 1).await;
+    pair.assert_moved("web", 3, 1, &back).await;
+    for host in 1..=3 {
+        pair.wait_until_the_hop_is_gone(host).await;
+    }
+    assert_went_on(&client.stop().await, 3);
+    pair.down().await;
+}

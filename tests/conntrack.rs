@@ -68,7 +68,9 @@ fn a_published_connection_is_seen_marked_and_heard_of() {
         let echo = echo_once(&net, server);
         let published: SocketAddr = published.parse().unwrap();
         within(&net.host, async || {
-            let mut events = table.events().unwrap();
+            let mut events = table
+                .events(&[Change::New, Change::Update, Change::Destroy])
+                .unwrap();
             let mut stream = net
                 .client
                 .run(|| TcpStream::connect(published))

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use livemig::conntrack::hold::{self, HeldPorts, Hold, HoldSpec, Pace, PortProtocol, To};
+use livemig::conntrack::hold::{
+    self, HeldPorts, Hold, HoldSpec, Intake, Pace, PortProtocol, Rate, Reserved, Side, To,
+};
 use livemig::conntrack::{Table, steer};
 use livemig::netlink::Namespace;
 use livemig::tunnel::HopId;
@@ -177,6 +179,7 @@ fn a_release_under_traffic_loses_and_reorders_nothing() {
                     To::Source
                 };
                 let report = release(hold, to).await;
+                println!("{report:?}");
                 assert_eq!(report.held, report.released, "{report:?}");
                 assert_eq!(report.dropped_by_bound, 0);
             }
@@ -408,4 +411,329 @@ fn rules_that_a_dead_process_left_let_packets_pass_and_are_removed() {
         steer::remove(hop(3)).await.unwrap();
         assert_eq!(net.ruleset("host"), before);
     });
+}
+
+#[test]
+fn newcomers_wait_before_everybody_does() {
+    let net = Net::new();
+    let server = udp(&net.container, "0.0.0.0:80");
+    let known = udp(&net.client, "192.0.2.2:5000");
+    let unknown = udp(&net.client, "192.0.2.2:5001");
+    send(&known, 0, "192.0.2.1:8080");
+    assert_eq!(number(&server), 0);
+    within(&net.host, async || {
+        let reserved = Reserved::of_number(QUEUE).unwrap();
+        let mut hold = reserved.prepare(spec()).await.unwrap();
+        send(&unknown, 1, "192.0.2.1:8081");
+        send(&known, 2, "192.0.2.1:8080");
+        assert_eq!(number(&server), 2);
+        assert_eq!((hold.held(), hold.since()), (0, None));
+        hold.hold_newcomers().unwrap();
+        send(&unknown, 3, "192.0.2.1:8080");
+        until("the newcomer waits", || hold.held() == 1);
+        // Its peer has never answered, so conntrack calls this one new, too.
+        send(&known, 4, "192.0.2.1:8080");
+        assert_eq!(number(&server), 4);
+        hold.hold_all().unwrap();
+        assert!(hold.since().is_some());
+        send(&known, 5, "192.0.2.1:8080");
+        until("all wait", || hold.held() == 2);
+        let report = release(hold, To::Source).await;
+        assert_eq!((number(&server), number(&server)), (3, 5));
+        assert_eq!(report.released, 2);
+    });
+}
+
+#[test]
+fn a_bound_in_bytes_is_kept_and_reaching_it_is_told() {
+    let net = Net::new();
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    // 20 bytes of IPv4, 8 of UDP, 16 of the datagram.
+    const SIZE: u64 = 44;
+    within(&net.host, async || {
+        let hold = Hold::start(HoldSpec {
+            bytes: 10 * SIZE + 1,
+            ..spec()
+        })
+        .await
+        .unwrap();
+        let full = hold.full();
+        for n in 0..10 {
+            send(&client, n, "192.0.2.1:8080");
+        }
+        until("as many as fit are held", || hold.held() == 10);
+        assert!(!full.is_cancelled(), "there is room for one byte");
+        for n in 10..20 {
+            send(&client, n, "192.0.2.1:8080");
+        }
+        until("the bound is told", || full.is_cancelled());
+        let report = release(hold, To::Source).await;
+        assert_eq!(
+            (report.held, report.released, report.dropped_by_bound),
+            (10, 10, 10)
+        );
+        assert_eq!((report.peak, report.peak_bytes), (10, 10 * SIZE));
+        for n in 0..10 {
+            assert_eq!(number(&server), n);
+        }
+        let hold = Hold::start(HoldSpec {
+            packets: 3,
+            ..spec()
+        })
+        .await
+        .unwrap();
+        for n in 0..3 {
+            send(&client, n, "192.0.2.1:8080");
+        }
+        until("the bound in packets is told", || {
+            hold.full().is_cancelled()
+        });
+        release(hold, To::Source).await;
+    });
+}
+
+#[test]
+fn queues_are_reserved_by_one_each_however_many_want_one() {
+    let net = Net::new();
+    let reserved: Vec<Vec<Reserved>> = thread::scope(|scope| {
+        let reserving: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    let some = || (0..8).map(|_| Reserved::first_free().unwrap()).collect();
+                    net.host.run(some).unwrap()
+                })
+            })
+            .collect();
+        let joined = reserving.into_iter().map(|it| it.join().unwrap());
+        joined.collect()
+    });
+    let numbers = |reserved: &[Vec<Reserved>]| {
+        let all = reserved.iter().flatten().map(Reserved::queue);
+        all.collect::<std::collections::BTreeSet<u16>>()
+    };
+    let taken = numbers(&reserved);
+    assert_eq!(taken.len(), 64);
+    drop(reserved);
+    // They are free again.
+    let again = net.host.run(|| Reserved::first_free().unwrap()).unwrap();
+    assert_eq!(Some(&again.queue()), taken.first());
+}
+
+#[test]
+fn two_holds_at_once_keep_apart() {
+    let net = Net::new();
+    let before = net.ruleset("host");
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    let six = udp(&net.client, "[2001:db8::2]:5006");
+    let server6 = udp(&net.container, "[fd00:88::5]:80");
+    send(&client, 0, "192.0.2.1:8080");
+    send(&six, 0, "[2001:db8::1]:8080");
+    assert_eq!((number(&server), number(&server6)), (0, 0));
+    within(&net.host, async || {
+        let mut holds = Vec::new();
+        for container in ["10.88.0.5", "fd00:88::5"] {
+            let reserved = Reserved::first_free().unwrap();
+            let spec = HoldSpec::new(reserved.queue(), vec![address(container)]);
+            let mut hold = reserved.prepare(spec).await.unwrap();
+            hold.hold_all().unwrap();
+            holds.push(hold);
+        }
+        for n in 1..=5 {
+            send(&client, n, "192.0.2.1:8080");
+            send(&six, n, "[2001:db8::1]:8080");
+        }
+        until("all is held", || holds.iter().all(|hold| hold.held() == 5));
+        let [four, six] = <[Hold; 2]>::try_from(holds).unwrap();
+        assert_eq!(release(six, To::Source).await.released, 5);
+        for n in 1..=5 {
+            assert_eq!(number(&server6), n);
+        }
+        assert_eq!(four.held(), 5);
+        assert_eq!(release(four, To::Source).await.released, 5);
+        for n in 1..=5 {
+            assert_eq!(number(&server), n);
+        }
+        assert_eq!(net.ruleset("host"), before);
+    });
+}
+
+#[test]
+fn tcp_goes_at_once_and_datagrams_follow_at_their_pace_and_in_order() {
+    const HELD: u32 = 400;
+    const LATER: u32 = 100;
+    let net = Net::new();
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    let listener = net.container.run(|| TcpListener::bind("0.0.0.0:80"));
+    let listener = listener.unwrap().unwrap();
+    let stream = net.client.run(|| TcpStream::connect("192.0.2.1:8080"));
+    let mut stream = stream.unwrap().unwrap();
+    let (mut accepted, _) = listener.accept().unwrap();
+    send(&client, 0, "192.0.2.1:8080");
+    assert_eq!(number(&server), 0);
+    let got = AtomicU32::new(0);
+    within(&net.host, async || {
+        let hold = Hold::start(spec()).await.unwrap();
+        // Data in the middle of the datagrams, in several segments.
+        stream.set_nodelay(true).unwrap();
+        for n in 1..=HELD {
+            send(&client, n, "192.0.2.1:8080");
+            if n % 100 == 50 {
+                stream.write_all(&n.to_be_bytes()).unwrap();
+            }
+        }
+        until("all is held", || hold.held() >= u64::from(HELD) + 4);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                (0..HELD + LATER)
+                    .map(|_| {
+                        got.fetch_add(1, Ordering::Relaxed);
+                        number(&server)
+                    })
+                    .collect::<Vec<_>>()
+            });
+            let sender = scope.spawn(|| {
+                until("the release is under way", || {
+                    got.load(Ordering::Relaxed) > 20
+                });
+                for n in 1..=LATER {
+                    send(&client, HELD + n, "192.0.2.1:8080");
+                }
+            });
+            let connection = scope.spawn(|| {
+                let mut data = [0; 16];
+                accepted.read_exact(&mut data).unwrap();
+                let words = data.chunks(4);
+                let words = words.map(|word| u32::from_be_bytes(word.try_into().unwrap()));
+                (words.collect::<Vec<_>>(), got.load(Ordering::Relaxed))
+            });
+            let pace = Pace::Rate(Rate {
+                times: 1,
+                floor: 300,
+            });
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            let report = scope
+                .spawn(move || {
+                    runtime.block_on(async {
+                        let released = hold.release(To::Source, pace).await.unwrap();
+                        released.clear().await.unwrap()
+                    })
+                })
+                .join()
+                .unwrap();
+            sender.join().unwrap();
+            let (data, before) = connection.join().unwrap();
+            assert_eq!(data, [50, 150, 250, 350]);
+            assert!(before < HELD, "{before} datagrams came before the data");
+            assert_eq!(
+                reader.join().unwrap(),
+                (1..=HELD + LATER).collect::<Vec<_>>()
+            );
+            assert_eq!(report.released, report.held, "{report:?}");
+            assert!(!report.gave_up_pace);
+        });
+    });
+}
+
+/// Reads so many datagrams slowly: a portion, then a pause.
+fn read_slowly(server: &UdpSocket, count: u32) -> thread::JoinHandle<Vec<u32>> {
+    let server = server.try_clone().unwrap();
+    server
+        .set_read_timeout(Some(Duration::from_secs(2)))
+        .unwrap();
+    thread::spawn(move || {
+        let mut got = Vec::new();
+        let mut buffer = [0; 16];
+        while (got.len() as u32) < count && server.recv(&mut buffer).is_ok() {
+            got.push(u32::from_be_bytes(buffer[..4].try_into().unwrap()));
+            if got.len() % 50 == 0 {
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+        got
+    })
+}
+
+#[test]
+fn datagrams_are_let_in_as_a_slow_socket_takes_them() {
+    // A default receive buffer holds a tenth of it.
+    const COUNT: u32 = 3000;
+    let net = Net::new();
+    let server = udp(&net.container, "0.0.0.0:80");
+    // One that nobody reads is not waited for.
+    let unread = udp(&net.container, "0.0.0.0:81");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    send(&client, 0, "192.0.2.1:8080");
+    assert_eq!(number(&server), 0);
+    for n in 0..1000 {
+        send(&udp(&net.container, "127.0.0.1:0"), n, "127.0.0.1:81");
+    }
+    within(&net.host, async || {
+        let hold = Hold::start(spec()).await.unwrap();
+        for n in 1..=COUNT {
+            send(&client, n, "192.0.2.1:8080");
+        }
+        until("all is held", || hold.held() == u64::from(COUNT));
+        let reader = read_slowly(&server, COUNT);
+        let pace = Pace::Sockets(net.container.clone());
+        let released = hold.release(To::Source, pace).await.unwrap();
+        let report = released.clear().await.unwrap();
+        println!("{report:?}");
+        assert_eq!(reader.join().unwrap(), (1..=COUNT).collect::<Vec<_>>());
+    });
+    drop(unread);
+}
+
+#[test]
+fn what_comes_out_of_a_hop_waits_for_the_container_that_arrives() {
+    const COUNT: u32 = 3000;
+    let net = Net::new();
+    let before = net.ruleset("other");
+    let server = udp(&net.container, "0.0.0.0:80");
+    let client = udp(&net.client, "192.0.2.2:5000");
+    send(&client, 0, "192.0.2.1:8080");
+    number(&server);
+    let flow = within(&net.host, async || {
+        steer::install(hop(3)).await.unwrap();
+        let table = Table::open(&net.host).unwrap();
+        let entries = table.dump_container(address("10.88.0.5")).await.unwrap();
+        let flow = entries[0].flow_of(address("10.88.0.5")).unwrap();
+        let (mark, mask) = flow.steering(Some(hop(3)));
+        table
+            .set_mark(&flow.entry.original, mark, mask)
+            .await
+            .unwrap();
+        flow
+    });
+    within(&net.other, async || {
+        steer::install(hop(1)).await.unwrap();
+        let there = Table::open(&net.other).unwrap();
+        there.insert(&flow.at_destination(hop(1))).await.unwrap();
+        let reserved = Reserved::first_free().unwrap();
+        let spec = HoldSpec {
+            side: Side::Arriving,
+            ..HoldSpec::new(reserved.queue(), vec![address("10.88.0.5")])
+        };
+        let intake = Intake::start(reserved, spec).await.unwrap();
+        for n in 1..=COUNT {
+            send(&client, n, "192.0.2.1:8080");
+        }
+        until("all wait", || intake.held() == u64::from(COUNT));
+        let copy = udp(&net.copy, "0.0.0.0:80");
+        let reader = read_slowly(&copy, COUNT + 1);
+        intake.open(&net.copy);
+        until("some have gone", || !reader.is_finished());
+        send(&client, COUNT + 1, "192.0.2.1:8080");
+        let report = intake.finish().await.unwrap().clear().await.unwrap();
+        println!("{report:?}");
+        assert_eq!(reader.join().unwrap(), (1..=COUNT + 1).collect::<Vec<_>>());
+        assert_eq!(report.held, report.released);
+        steer::remove(hop(1)).await.unwrap();
+    });
+    assert_eq!(net.ruleset("other"), before);
 }

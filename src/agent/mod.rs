@@ -28,6 +28,7 @@
 //! ```
 
 mod client;
+mod endings;
 mod error;
 mod identity;
 mod invite;

@@ -15,6 +15,7 @@ use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
 use tokio_util::io::{ReaderStream, StreamReader};
 
+use super::endings::Endings;
 use super::paths::Paths;
 use super::protocol::{
     Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
@@ -23,8 +24,8 @@ use super::protocol::{
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
 use crate::conntrack::forward::Forwarding;
-use crate::conntrack::hold::{Hold, HoldSpec, Pace, Reserved, Side, To};
-use crate::conntrack::{Gate, Table};
+use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
+use crate::conntrack::{self, Flow, Gate, Protocol, Table};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
@@ -70,6 +71,8 @@ struct Session {
     away: Option<HopId>,
     /// What keeps their packets until the source lets go.
     hold: Option<Hold>,
+    /// Where datagrams wait for the container, until the source has let go of all of them.
+    intake: Option<Intake>,
     /// Podman was asked to restore the container and has not answered.
     unsure: bool,
 }
@@ -120,7 +123,7 @@ impl Sessions {
                     container.name
                 ));
             } else {
-                let leftovers = self.unwind(&journal, None, true).await;
+                let leftovers = self.unwind(&journal, Vec::new(), true).await;
                 told.push(format!("migration {id} was interrupted and is undone"));
                 told.extend(
                     leftovers
@@ -148,9 +151,9 @@ impl Sessions {
     }
 
     /// Undoes what a journal names. `unsure`: Podman may still be at work on it.
-    async fn unwind(&self, journal: &Journal, hold: Option<Hold>, unsure: bool) -> Vec<String> {
+    async fn unwind(&self, journal: &Journal, holds: Vec<Hold>, unsure: bool) -> Vec<String> {
         let mut hands = Hands::new(self.config.clone(), self.podman.clone());
-        hands.hold = hold;
+        hands.holds = holds;
         hands.unsure = unsure;
         // Nothing that an incoming migration does is in doubt: there is nobody to ask.
         let leftovers = migration::unwind(&mut hands, journal, &mut |_event| {})
@@ -181,10 +184,17 @@ impl Sessions {
     /// anything runs here, and removes the hops that no connection uses any more.
     pub async fn look_after(self: Arc<Self>) {
         let mut round = tokio::time::interval(LOOK_ROUND);
+        let mut endings = Endings::default();
         loop {
-            round.tick().await;
-            if let Err(error) = migration::leave_idle_hops(&self.config).await {
-                tracing::warn!(%error, "hops that nobody uses could not be removed");
+            tokio::select! {
+                _ = round.tick() => {}
+                () = endings.next() => {}
+            }
+            match migration::leave_idle_hops(&self.config).await {
+                Ok(hops_are_left) => endings.listen(hops_are_left),
+                Err(error) => {
+                    tracing::warn!(%error, "hops that nobody uses could not be removed");
+                }
             }
             self.paths.look_after().await;
             let open: Vec<(MigrationId, Shared)> = self
@@ -339,6 +349,7 @@ impl Sessions {
             flows: 0,
             away: None,
             hold: None,
+            intake: None,
             unsure: false,
         }));
         let mut session = state.clone().lock_owned().await;
@@ -546,19 +557,36 @@ impl Sessions {
             addresses: addresses.clone(),
             hop,
         });
-        session.journal.will(came_home.into_iter().chain([
-            Effect::Flows {
-                addresses: addresses.clone(),
-                hop,
-            },
-            Effect::Restored {
-                container: container.id.clone(),
-                volumes,
-                ports: container.ports.clone(),
-            },
-        ]))?;
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
         let (Flows { flows }, archive) = bundle::beheaded(content).await?;
+        let intake = hears_datagrams(&container, &flows)
+            .then(Reserved::first_free)
+            .transpose()?
+            .map(|reserved| {
+                let spec = HoldSpec {
+                    packets: self.config.hold_packets,
+                    bytes: self.config.hold_bytes,
+                    side: Side::Arriving,
+                    ..HoldSpec::new(reserved.queue(), addresses.clone())
+                };
+                (reserved, spec)
+            });
+        let mut effects: Vec<Effect> = came_home.into_iter().collect();
+        effects.push(Effect::Flows {
+            addresses: addresses.clone(),
+            hop,
+        });
+        effects.extend(
+            intake
+                .iter()
+                .map(|(_, spec)| Effect::Hold { spec: spec.clone() }),
+        );
+        effects.push(Effect::Restored {
+            container: container.id.clone(),
+            volumes,
+            ports: container.ports.clone(),
+        });
+        session.journal.will(effects)?;
         let home = match session.away {
             Some(_) => migration::welcome(&addresses, &flows).await?,
             None => Vec::new(),
@@ -584,7 +612,10 @@ impl Sessions {
         let archive = archive.inspect(move |_| {
             *end.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         });
-        let restored = self.podman.restore(archive, &options).await;
+        // Both run to their ends: what one of them has made is undone only when it is there.
+        let (restored, intake) =
+            futures::join!(self.podman.restore(archive, &options), start(intake));
+        session.intake = intake?;
         if let Err(error) = restored {
             session.unsure = !matches!(error, podman::Error::Refused { .. });
             let host = self.podman.host().await?;
@@ -606,6 +637,12 @@ impl Sessions {
             migration::at_home(&self.config, &container.id)
         })
         .await?;
+        if let Some(intake) = &session.intake {
+            let pid = self.podman.inspect(container.id.as_str()).await?.pid;
+            intake.open(&Namespace::of_pid(
+                pid.ok_or(Error::OutOfOrder("process"))?,
+            )?);
+        }
         let restore = ended
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -652,6 +689,10 @@ impl Sessions {
         session.journal.commit()?;
         // The source may not have been able to say so.
         self.release(session).await?;
+        if let Some(intake) = session.intake.take() {
+            let report = intake.finish().await?.clear().await?;
+            tracing::debug!(migration = %id, ?report, "what came for the container was let in");
+        }
         self.close(id, session)?;
         // Hops that no connection needs would only be in the way. The source does not wait for that.
         let config = self.config.clone();
@@ -665,8 +706,11 @@ impl Sessions {
 
     /// Undoes everything. An error means that the container may still be here.
     async fn undo(&self, id: &MigrationId, session: &mut Session) -> Result<Undone, Error> {
-        let hold = session.hold.take();
-        let leftovers = self.unwind(&session.journal, hold, session.unsure).await;
+        let holds = session.hold.take().into_iter();
+        let holds = holds.chain(session.intake.take().map(Intake::into_hold));
+        let leftovers = self
+            .unwind(&session.journal, holds.collect(), session.unsure)
+            .await;
         self.make_sure_it_is_gone(&session.journal, &leftovers)
             .await?;
         session.stage = Stage::Unknown;
@@ -684,7 +728,7 @@ impl Sessions {
                 leftovers: Vec::new(),
             });
         };
-        let leftovers = self.unwind(&journal, None, true).await;
+        let leftovers = self.unwind(&journal, Vec::new(), true).await;
         self.make_sure_it_is_gone(&journal, &leftovers).await?;
         if leftovers.is_empty() {
             journal.close()?;
@@ -743,6 +787,21 @@ impl Handler for Sessions {
         request: Request<Body>,
     ) -> BoxFuture<'static, Reply> {
         self.answer(caller, request).boxed()
+    }
+}
+
+/// Whether datagrams may come for a container that is being restored. TCP needs no intake: what its
+/// sockets cannot take, their peers do not send.
+fn hears_datagrams(container: &Container, flows: &[Flow]) -> bool {
+    let udp = |flow: &Flow| matches!(flow.seen.protocol, Protocol::Udp { .. });
+    container.addresses().next().is_some()
+        && (flows.iter().any(udp) || container.ports.iter().any(|port| port.protocol == "udp"))
+}
+
+async fn start(intake: Option<(Reserved, HoldSpec)>) -> conntrack::Result<Option<Intake>> {
+    match intake {
+        Some((reserved, spec)) => Ok(Some(Intake::start(reserved, spec).await?)),
+        None => Ok(None),
     }
 }
 

@@ -69,17 +69,21 @@ impl std::fmt::Debug for Events {
 }
 
 impl Events {
-    pub(super) fn open(namespace: &Namespace) -> Result<Events> {
+    /// Hears of these changes only: whoever wants few does not have the kernel send all.
+    pub(super) fn open(namespace: &Namespace, changes: &[Change]) -> Result<Events> {
         const DOING: &str = "listen to connections' events";
         let fail = |source| Error::Socket {
             doing: DOING,
             source,
         };
-        let groups = [
-            GROUP_CONNTRACK_NEW,
-            GROUP_CONNTRACK_UPDATE,
-            GROUP_CONNTRACK_DESTROY,
-        ];
+        let groups: Vec<u32> = changes
+            .iter()
+            .map(|change| match change {
+                Change::New => GROUP_CONNTRACK_NEW,
+                Change::Update => GROUP_CONNTRACK_UPDATE,
+                Change::Destroy => GROUP_CONNTRACK_DESTROY,
+            })
+            .collect();
         let socket = namespace.run(|| channel::open(NlFamily::Netfilter, &groups))??;
         let descriptor = channel::borrow(&socket);
         // Beyond net.core.rmem_max only root gets what it asks for.

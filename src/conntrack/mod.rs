@@ -26,6 +26,7 @@
 //! | [`hold`] | keeping packets in the kernel while the container is nowhere |
 
 pub mod alias;
+mod counting;
 mod entry;
 mod error;
 mod events;
@@ -42,6 +43,7 @@ mod table;
 mod tuple;
 mod wire;
 
+pub use counting::Counting;
 pub use entry::{Counters, Entry, SctpInfo, Status, TcpInfo, TcpSide, TcpState};
 pub use error::{Error, Result};
 pub use events::{Change, Event, Events};

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::entry::naming;
 use super::wire::{self, AF_INET, AF_INET6, AF_UNSPEC, cta, filter};
-use super::{Entry, Error, Events, Mark, Result, TcpInfo, Tuple};
+use super::{Change, Entry, Error, Events, Mark, Result, TcpInfo, Tuple};
 use crate::netlink::{self, Body, Channel, Namespace, Request};
 
 /// Which addresses.
@@ -236,10 +236,10 @@ impl Table {
         .await
     }
 
-    /// What happens to connections from now on, read from a socket of its own. Needs a tokio
+    /// These changes to connections from now on, read from a socket of its own. Needs a tokio
     /// runtime.
-    pub fn events(&self) -> Result<Events> {
-        Events::open(&self.namespace)
+    pub fn events(&self, changes: &[Change]) -> Result<Events> {
+        Events::open(&self.namespace, changes)
     }
 }
 

@@ -92,7 +92,12 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     if let (Some(reserved), Some(spec)) = (reserved, spec) {
         let hold = reserved.prepare(spec).await?;
         migration.hands.namespace = Some(Namespace::of_pid(pid)?);
-        let hold = migration.hands.hold.insert(hold);
+        migration.hands.holds.push(hold);
+        let hold = migration
+            .hands
+            .holds
+            .last_mut()
+            .ok_or(Error::OutOfOrder("hold"))?;
         hold.hold_newcomers()?;
         drainage.opening().await?;
         let begun = Instant::now();

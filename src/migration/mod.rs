@@ -232,7 +232,7 @@ impl<'a> Migration<'a> {
 
     /// Is cancelled when no more packets can wait and the migration is to be given up for that.
     fn hold_is_full(&self) -> CancellationToken {
-        match (&self.hands.hold, self.request.when_full) {
+        match (self.hands.holds.first(), self.request.when_full) {
             (Some(hold), WhenFull::GiveUp) => hold.full(),
             _ => CancellationToken::new(),
         }

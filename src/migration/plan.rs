@@ -157,5 +157,18 @@ fn steps(preflight: &Preflight, request: &Request) -> Vec<Step> {
             None,
         );
     }
+    let from_elsewhere = preflight
+        .flows
+        .iter()
+        .filter(|flow| flow.came_by().is_some())
+        .count();
+    if from_elsewhere > 0 && !request.keep_chain {
+        add(
+            Phase::Commit,
+            "the hosts where they began",
+            format!("{from_elsewhere} flows that came through this host take the direct way"),
+            None,
+        );
+    }
     steps
 }

@@ -81,7 +81,7 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
         migration.note("letting packets go at the destination", released);
     }
     // A container without an address has no packets.
-    if let Some(hold) = migration.hands.hold.take() {
+    if let Some(hold) = migration.hands.holds.pop() {
         match hold
             .release(To::Destination, Pace::Rate(Rate::default()))
             .await

@@ -33,8 +33,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 pub(crate) struct Hands {
     pub config: Config,
     pub podman: Client,
-    /// The hold, while this process has it. After a crash there is none, and only its rules are left.
-    pub hold: Option<Hold>,
+    /// The holds that this process has. After a crash there are none, and only their rules are left.
+    pub holds: Vec<Hold>,
     /// The network namespace of the container whose packets are held.
     pub namespace: Option<Namespace>,
     /// Whether Podman may still be at work on what was asked of it: whoever asked has died, or gave
@@ -111,7 +111,7 @@ impl Hands {
         Hands {
             config,
             podman,
-            hold: None,
+            holds: Vec::new(),
             namespace: None,
             unsure: false,
         }
@@ -163,8 +163,12 @@ impl Hands {
                 asked,
             } => self.give_up(peer, migration, *asked).await,
             Effect::Hold { spec } => {
-                let released = match self.hold.take() {
-                    Some(hold) => let_go_home(hold, self.namespace.take()).await,
+                let of_it = |hold: &Hold| hold.spec().queue == spec.queue;
+                let released = match self.holds.iter().position(of_it) {
+                    Some(place) => {
+                        let hold = self.holds.swap_remove(place);
+                        let_go_home(hold, self.namespace.clone()).await
+                    }
                     None => Ok(()),
                 };
                 // Whatever became of the packets that waited: others must not.
@@ -319,14 +323,14 @@ pub(crate) async fn leave_hop(config: &Config, user: &str) -> Result<()> {
 /// Removes the hops that no migration and no connection needs any more.
 ///
 /// A migration leaves its hop to the connections that it moved. The kernel forgets a connection some
-/// time after its end, so that also its last packets find their way.
-pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
+/// time after its end, so that also its last packets find their way. Says whether hops are left.
+pub(crate) async fn leave_idle_hops(config: &Config) -> Result<bool> {
     let tunnels = tunnels(config);
     // In this order. A migration begins its journal before it takes a hop, and closes it after its
     // connections are marked: one without a journal has done either everything or nothing.
     let hops = tunnels.registry().list()?;
     if hops.is_empty() {
-        return Ok(());
+        return Ok(false);
     }
     let mut journals = left_behind(&config.outgoing_dir())?;
     journals.extend(left_behind(&config.incoming_dir())?);
@@ -352,7 +356,7 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<()> {
             }
         }
     }
-    Ok(())
+    Ok(!tunnels.registry().list()?.is_empty())
 }
 
 /// Clears this hop from the marks of a container's flows.

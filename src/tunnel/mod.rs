@@ -25,6 +25,7 @@
 //! the hosts, that one is fragmented, which its ends never see.
 
 mod address;
+mod device;
 mod error;
 mod hop_id;
 mod interface;

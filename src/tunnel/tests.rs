@@ -28,7 +28,7 @@ fn device_process() {
     ) else {
         return;
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
@@ -373,6 +373,69 @@ fn bulk_data_with_full_size_segments_goes_both_ways_where_icmp_is_filtered() {
     });
     for socket in [&client, &server] {
         assert!(segment_size(socket) >= 1448, "{}", segment_size(socket));
+    }
+}
+
+#[test]
+fn a_burst_of_small_packets_arrives_complete_and_in_order() {
+    const COUNT: u32 = 20_000;
+    let (a, b, _router) = hosts();
+    let (hop_a, _) = join(&a, &b);
+    b.sh("ip addr add 203.0.113.9/32 dev lo; ip addr add 2001:db8:b::9/128 dev lo nodad");
+    for address in ["203.0.113.9", "2001:db8:b::9"] {
+        let address: IpAddr = address.parse().unwrap();
+        let receiver = b.on(async move |_| UdpSocket::bind((address, 7000)).unwrap());
+        // Each counts with less than a KiB there.
+        sockopt::set_socket_recv_buffer_size_force(&receiver, 32 << 20).unwrap();
+        receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+        let sender = a.on(async move |_| marked(hop_a, address.is_ipv6()));
+        for number in 0..COUNT {
+            // Of several sizes, of which some can be sent together.
+            let mut payload = vec![0; 16 + (number as usize / 100 % 3) * 20 + number as usize % 2];
+            payload[..4].copy_from_slice(&number.to_be_bytes());
+            sender.send_to(&payload, (address, 7000)).unwrap();
+        }
+        let mut buffer = [0; 100];
+        for number in 0..COUNT {
+            let (length, _) = receiver
+                .recv_from(&mut buffer)
+                .unwrap_or_else(|error| panic!("{number} of {COUNT} came to {address}: {error}"));
+            assert_eq!(u32::from_be_bytes(buffer[..4].try_into().unwrap()), number);
+            assert_eq!(
+                length,
+                16 + (number as usize / 100 % 3) * 20 + number as usize % 2
+            );
+        }
+    }
+}
+
+#[test]
+fn datagrams_sent_in_one_call_arrive_one_by_one() {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+    let (a, b, _router) = hosts();
+    let (hop_a, _) = join(&a, &b);
+    b.sh("ip addr add 203.0.113.9/32 dev lo; ip addr add 2001:db8:b::9/128 dev lo nodad");
+    let data: Vec<u8> = (0..100).collect();
+    for address in ["203.0.113.9", "2001:db8:b::9"] {
+        let address: IpAddr = address.parse().unwrap();
+        let receiver = b.on(async move |_| UdpSocket::bind((address, 7000)).unwrap());
+        receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+        let sender = a.on(async move |_| marked(hop_a, address.is_ipv6()));
+        sender.connect((address, 7000)).unwrap();
+        let sent = sendmsg::<()>(
+            sender.as_raw_fd(),
+            &[std::io::IoSlice::new(&data)],
+            &[ControlMessage::UdpGsoSegments(&30)],
+            MsgFlags::empty(),
+            None,
+        );
+        assert_eq!(sent, Ok(100));
+        for part in data.chunks(30) {
+            let mut buffer = [0; 200];
+            let length = receiver.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], part);
+        }
     }
 }
 

@@ -13,11 +13,8 @@ use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use gotatun::device::DeviceBuilder;
 use gotatun::device::uapi::UapiServer;
-use gotatun::udp::socket::{UdpSocket, UdpSocketFactory};
-use gotatun::udp::{UdpTransportFactory, UdpTransportFactoryParams};
-use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery};
+use rustix::net::sockopt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use wireguard_uapi::xplatform::{Client, set};
@@ -26,7 +23,7 @@ use super::error::{Error, Result, file};
 use super::key::PrivateKey;
 use super::process::Process;
 use super::registry::HopSpec;
-use super::{Configuration, Status, bounded, interface};
+use super::{Configuration, Status, bounded, device, interface};
 
 /// Where every userspace WireGuard has its sockets, and where `wg` looks for them.
 pub const UAPI_DIRECTORY: &str = "/var/run/wireguard";
@@ -35,9 +32,7 @@ pub const UAPI_DIRECTORY: &str = "/var/run/wireguard";
 /// arguments that follow it: the interface and the socket.
 pub const DEVICE_COMMAND: &str = "tunnel-device";
 
-/// The largest packet that the device takes, in bytes: it reads into buffers of 4,096 bytes, in
-/// which 16 for the authentication tag and up to 16 of header have to fit as well.
-pub const MAX_MTU: u16 = 4064;
+pub use super::device::MAX_MTU;
 
 /// How long a new process may take until its socket answers.
 const START: Duration = Duration::from_secs(10);
@@ -49,10 +44,6 @@ const POLL: Duration = Duration::from_millis(5);
 const WATCH: Duration = Duration::from_millis(500);
 /// How much of the log is worth showing.
 const LOG_TAIL: usize = 2048;
-
-/// The UDP receive buffer, in bytes. The default, 212,992, holds some 140 full packets, less than
-/// the peer sends while this process waits for its turn on a busy machine.
-const RECEIVE_BUFFER: usize = 8 << 20;
 
 /// Whether a device answers on this socket.
 pub(super) fn answers(socket: &Path) -> bool {
@@ -225,33 +216,13 @@ fn explain(error: &wireguard_uapi::xplatform::error::SetDeviceError) -> String {
     }
 }
 
-/// UDP sockets that carry packets of any size to the other host.
-struct Underlay;
-
-impl UdpTransportFactory for Underlay {
-    type Send = UdpSocket;
-    type Recv = UdpSocket;
-
-    async fn bind(&mut self, at: &UdpTransportFactoryParams) -> io::Result<(UdpSocket, UdpSocket)> {
-        let (send, receive) = UdpSocketFactory::default().bind(at).await?;
-        // Never the don't-fragment bit: Linux would set it on whatever fits the first link, and a
-        // narrower one behind it would drop that, silently where ICMP is filtered. Kernel WireGuard
-        // leaves it off as well. (IPv6 has no such bit: there, the sender fragments for the path
-        // it knows.)
-        sockopt::set_ip_mtu_discover(&send, Ipv4PathMtuDiscovery::DONT)?;
-        if let Err(error) = sockopt::set_socket_recv_buffer_size_force(&send, RECEIVE_BUFFER) {
-            tracing::debug!(%error, "the UDP receive buffer keeps its default size");
-        }
-        Ok((send, receive))
-    }
-}
-
 /// Runs a WireGuard device on a new interface until SIGTERM comes or the interface is removed,
 /// configurable through `socket`. This is the whole life of the process that [`DEVICE_COMMAND`]
 /// starts.
 ///
 /// It takes its process out of the session of whoever started it, and makes it ignore SIGINT and
-/// SIGHUP. It must run in a multi-threaded runtime to use more than one processor.
+/// SIGHUP. It should run in a runtime of a single thread: a packet passes from task to task, and to
+/// wake another thread each time costs more than what is done there.
 ///
 /// Tracing below `info` must stay off in this process: gotatun traces requests, keys included.
 ///
@@ -270,12 +241,7 @@ pub async fn run_device(interface: &str, socket: &Path) -> Result<()> {
         reason,
     };
     let (client, server) = UapiServer::new();
-    let mut device = DeviceBuilder::new()
-        .with_udp(Underlay)
-        .with_uapi(server)
-        .create_tun(interface)
-        .map_err(|error| create(error.to_string()))?
-        .build()
+    let mut device = device::build(interface, server)
         .await
         .map_err(|error| create(error.to_string()))?;
     let index = interface::index_of(interface);

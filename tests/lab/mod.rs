@@ -44,7 +44,7 @@ pub const IPERF3: &str = "localhost/iperf3:latest";
 const BOUND: Duration = Duration::from_secs(120);
 
 /// How often a state that is waited for is looked at.
-const LOOK: Duration = Duration::from_millis(20);
+pub const LOOK: Duration = Duration::from_millis(20);
 
 /// Hosts and clients on one network. Taken down when dropped.
 #[derive(Debug)]

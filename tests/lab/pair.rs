@@ -54,10 +54,31 @@ impl Pair {
         Pair::join(lab.up().await, Some(level), |_, _| true).await
     }
 
+    /// Hosts that have no way to each other but IPv6. Clients reach them by both families.
+    pub async fn over_ipv6(lab: Builder) -> Pair {
+        let lab = lab.up().await;
+        for host in &lab.hosts {
+            for other in lab.hosts.iter().filter(|other| other.name != host.name) {
+                host.exec(&["ip", "route", "add", "unreachable", &other.ip()])
+                    .await;
+            }
+        }
+        Pair::join_at(lab, None, |_, _| true, |host| host.address6().to_string()).await
+    }
+
     async fn join(
         lab: Lab,
         verbose: Option<&'static str>,
         know_each_other: fn(usize, usize) -> bool,
+    ) -> Pair {
+        Pair::join_at(lab, verbose, know_each_other, Node::ip).await
+    }
+
+    async fn join_at(
+        lab: Lab,
+        verbose: Option<&'static str>,
+        know_each_other: fn(usize, usize) -> bool,
+        address: fn(&Node) -> String,
     ) -> Pair {
         let mut pair = Pair {
             agents: Agents(Vec::new()),
@@ -77,9 +98,9 @@ impl Pair {
                 }
                 // One token makes both known to each other; the address is for the way back.
                 let token = inviting
-                    .exec(&["livemig", "invite", "--address", &inviting.ip()])
+                    .exec(&["livemig", "invite", "--address", &address(inviting)])
                     .await;
-                let (name, own) = (inviting.name(), joining.ip());
+                let (name, own) = (inviting.name(), address(joining));
                 joining
                     .exec(&[
                         "livemig",

@@ -9,7 +9,7 @@ use livemig::agent::{
     Address, DEFAULT_PORT, Identity, Invites, JoinAs, Limits, Offer, PeerName, Peers, Permission,
     Server, Sessions, Token, Trust,
 };
-use livemig::conntrack::Direction;
+use livemig::conntrack::{Counting, Direction};
 use livemig::migration::{self, Event, Observer};
 use livemig::{Config, Error, Request};
 use serde::Serialize;
@@ -64,8 +64,11 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Flows {
             container,
             stop_forwarding: true,
+            ..
         } => stop_forwarding(&config, container.as_deref(), json).await,
-        Command::Flows { container, .. } => flows(&config, container.as_deref(), json).await,
+        Command::Flows {
+            container, watch, ..
+        } => flows(&config, container.as_deref(), watch, json).await,
         Command::Recover => recover(&config, json).await,
         Command::Completions { shell } => {
             clap_complete::generate(
@@ -110,6 +113,7 @@ async fn agent(config: Config, listen: std::net::SocketAddr) -> Result<ExitCode,
         println!("{line}");
     }
     let server = Server::bind(listen, trust, limits).await?;
+    let counting = Counting::begin();
     println!(
         "listening on {}, fingerprint {fingerprint}",
         server.local_addr()?
@@ -117,6 +121,7 @@ async fn agent(config: Config, listen: std::net::SocketAddr) -> Result<ExitCode,
     let rounds = tokio::spawn(sessions.clone().look_after());
     server.serve(sessions, asked_to_stop()).await;
     rounds.abort();
+    drop(counting);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -455,11 +460,47 @@ async fn stop_forwarding(
     Ok(ExitCode::SUCCESS)
 }
 
-async fn flows(config: &Config, container: Option<&str>, json: bool) -> Result<ExitCode, Error> {
-    let flows = livemig::overview::flows(config, container).await?;
-    if json {
-        return Ok(print_json(&flows));
+async fn flows(
+    config: &Config,
+    container: Option<&str>,
+    watch: Option<Duration>,
+    json: bool,
+) -> Result<ExitCode, Error> {
+    let Some(every) = watch else {
+        let flows = livemig::overview::flows(config, container).await?;
+        if json {
+            return Ok(print_json(&flows));
+        }
+        print!("{}", flows_table(&flows));
+        return Ok(ExitCode::SUCCESS);
+    };
+    /// Clears a terminal and goes to its upper left corner (ECMA-48: ED, CUP).
+    const CLEAR: &str = "\x1b[2J\x1b[H";
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
+    let mut tick = tokio::time::interval(every);
+    let mut stop = std::pin::pin!(asked_to_stop());
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = &mut stop => return Ok(ExitCode::SUCCESS),
+        }
+        let flows = livemig::overview::flows(config, container).await?;
+        let text = if json {
+            serde_json::to_string(&flows).map(|line| line + "\n")
+        } else {
+            let clear = if terminal { CLEAR } else { "" };
+            Ok(format!("{clear}{}", flows_table(&flows)))
+        };
+        // Whoever watched has gone.
+        let written =
+            text.map(|text| std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()));
+        if !matches!(written, Ok(Ok(()))) {
+            return Ok(ExitCode::SUCCESS);
+        }
     }
+}
+
+fn flows_table(flows: &[livemig::overview::ListedFlow]) -> Table {
     let mut table = Table::new(&[
         "container",
         "protocol",
@@ -500,8 +541,7 @@ async fn flows(config: &Config, container: Option<&str>, json: bool) -> Result<E
             hop(towards.opposite()),
         ]);
     }
-    print!("{table}");
-    Ok(ExitCode::SUCCESS)
+    table
 }
 
 async fn recover(config: &Config, json: bool) -> Result<ExitCode, Error> {

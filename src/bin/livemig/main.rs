@@ -13,14 +13,18 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
+    let is_device = matches!(cli.command, cli::Command::TunnelDevice { .. });
     // The library of the userspace device tells its keys when asked for everything.
-    if !matches!(cli.command, cli::Command::TunnelDevice { .. }) {
+    if !is_device {
         log_to_stderr(cli.verbose);
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-    {
+    let mut builder = if is_device {
+        // `run_device` says why.
+        tokio::runtime::Builder::new_current_thread()
+    } else {
+        tokio::runtime::Builder::new_multi_thread()
+    };
+    let runtime = match builder.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("livemig: cannot start: {error}");

@@ -184,6 +184,18 @@ pub fn summary(report: &Report) {
     if report.held.held > 0 {
         println!("{}", waited(&report.held));
     }
+    for path in &report.paths {
+        match &path.kept {
+            None => println!(
+                "{} of them, from {}, do not come through this host any more",
+                path.flows, path.anchor
+            ),
+            Some(reason) => println!(
+                "{} of them, from {}, go on through this host: {reason}",
+                path.flows, path.anchor
+            ),
+        }
+    }
     for left in &report.drain.left {
         println!("not read in time before it was frozen, and lost: {left}");
     }

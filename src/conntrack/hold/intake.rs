@@ -28,14 +28,18 @@ impl Intake {
     }
 
     /// The container runs: datagrams are let in as its sockets, in its network namespace, take
-    /// them; everything else at once. What a container that comes home says, and what its peers
-    /// sent to it here, goes on waiting for [`Intake::finish`].
+    /// them.
     pub fn open(&self, container: &Namespace) {
         self.hold.order(Order::Release {
             to: To::Destination,
             pace: Pace::Sockets(container.clone()),
             until_finish: true,
         });
+    }
+
+    /// How many packets have been held so far.
+    pub fn held(&self) -> u64 {
+        self.hold.held()
     }
 
     /// The source has let go of everything: returns as soon as nothing waits any more.
@@ -47,12 +51,9 @@ impl Intake {
         self.hold.passed().await
     }
 
-    /// The container goes on at the source: what it has said here is dropped, everything else goes
-    /// on.
-    ///
-    /// # Errors
-    /// As [`Hold::release`].
-    pub async fn undo(self) -> Result<Released> {
-        self.hold.release(To::Source, Pace::Unpaced).await
+    /// The hold that this is, to be undone like any other: released to [`To::Source`], it drops what
+    /// the container has said here.
+    pub fn into_hold(self) -> Hold {
+        self.hold
     }
 }

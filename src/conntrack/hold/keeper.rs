@@ -3,7 +3,7 @@
 //! Within a flow the order never changes: all of a flow's packets have the same protocol, and each
 //! of the lists here is let go from its front.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::pace::{Pace, Pacer};
 use super::queue::{self, Notice, Queue, command, config, socket_error, verdict};
 use super::report::{HoldReport, To};
-use super::spec::{HoldSpec, Side};
+use super::spec::HoldSpec;
 use crate::conntrack::Result;
 use crate::conntrack::ruleset::{self, Rules};
 use crate::conntrack::wire::{NF_ACCEPT, NF_DROP, QUEUE_VERDICT, QUEUE_VERDICT_BATCH, nfqa_cfg};
@@ -31,17 +31,14 @@ use crate::netlink::{Messages, Request, channel};
 const READ_AT_ONCE: usize = 1024;
 /// How many verdicts are sent at once: a message to the kernel is bounded by the send buffer.
 const VERDICTS_AT_ONCE: usize = 256;
-/// How many packets may come between two looks and still be let go at once at the end of a paced
-/// release. At a high rate there is no moment in which none come.
-const A_FEW: usize = 256;
+/// How often all there is is let go in the last message of a release. Each time takes care of what
+/// has come during the one before, which at any rate that the host can carry is less.
+const SWEEPS: usize = 16;
 /// If for so long datagrams that wait do not become fewer, their pace is given up.
 const PACED_FOR: Duration = Duration::from_secs(5);
 /// How long packets that come out of a hop are let in at a pace without a word that they were the
 /// last.
 const UNFINISHED_FOR: Duration = Duration::from_secs(10);
-/// For how long nothing may come out of the hop any more before what arrived here by itself is let
-/// go. The word that there is nothing more may overtake packets in the tunnel.
-const QUIET: Duration = Duration::from_millis(25);
 
 /// What removal of rules says it is doing when it fails.
 pub(super) const REMOVE: &str = "remove the rules of a hold";
@@ -80,8 +77,6 @@ pub(super) struct Held {
     udp: bool,
     /// The container's own address is its source.
     own: bool,
-    /// Has to wait until nothing comes out of the hop any more.
-    last: bool,
     since: Instant,
 }
 
@@ -94,12 +89,6 @@ struct Keeper<'a> {
     waiting: VecDeque<Held>,
     /// Waits for its turn.
     paced: VecDeque<Held>,
-    /// Waits until nothing comes out of the hop any more.
-    last: VecDeque<Held>,
-    /// Whether it does not any more.
-    hop_is_empty: bool,
-    heard_of_hop: Instant,
-    interfaces: HashMap<u32, bool>,
     bytes: u64,
     first_udp: Option<Instant>,
     udp: u64,
@@ -161,10 +150,6 @@ impl<'a> Keeper<'a> {
             number,
             waiting: VecDeque::new(),
             paced: VecDeque::new(),
-            last: VecDeque::new(),
-            hop_is_empty: spec.side != Side::Arriving { home: true },
-            heard_of_hop: Instant::now(),
-            interfaces: HashMap::new(),
             bytes: 0,
             first_udp: None,
             udp: 0,
@@ -183,10 +168,7 @@ impl<'a> Keeper<'a> {
                 biased;
                 order = orders.recv() => match order {
                     // There is nothing to end yet.
-                    Some(Order::Finish) => {
-                        self.hop_is_empty = true;
-                        continue;
-                    }
+                    Some(Order::Finish) => continue,
                     Some(order) => return Ok(order),
                     None => return Ok(ABANDONED),
                 },
@@ -254,34 +236,19 @@ impl<'a> Keeper<'a> {
         }
         let own = |source: IpAddr| self.spec.addresses.contains(&source);
         let own = notice.header.source.is_some_and(own);
-        let last = self.spec.side == Side::Arriving { home: true }
-            && !notice.interface.is_some_and(|index| self.is_a_hop(index));
-        if !last {
-            self.heard_of_hop = now;
-        }
         self.waiting.push_back(Held {
             id: notice.id,
             length: notice.length,
             udp,
             own,
-            last,
             since: now,
         });
-        let packets = self.waiting.len() + self.paced.len() + self.last.len();
+        let packets = self.waiting.len() + self.paced.len();
         self.report.peak = self.report.peak.max(packets as u64);
         self.report.peak_bytes = self.report.peak_bytes.max(bytes);
         if packets >= self.spec.packets as usize {
             self.gauge.full.cancel();
         }
-    }
-
-    /// Whether packets that come in by this interface come out of a hop.
-    fn is_a_hop(&mut self, index: u32) -> bool {
-        let socket = channel::borrow(self.queue.get_ref());
-        *self.interfaces.entry(index).or_insert_with(|| {
-            rustix::net::netdevice::index_to_name_inlined(socket, index)
-                .is_ok_and(|name| name.as_bytes().starts_with(b"livemig"))
-        })
     }
 
     fn send(&self, requests: impl IntoIterator<Item = Request>) -> Result<()> {
@@ -326,19 +293,17 @@ impl<'a> Keeper<'a> {
                     Err(_) => break,
                 }
             }
-            if began.elapsed() >= UNFINISHED_FOR && self.hop_is_empty {
+            if began.elapsed() >= UNFINISHED_FOR {
                 course.finished = true;
             }
-            while self.read()? == READ_AT_ONCE {
-                self.sort(course.to, course.pacer.is_paced())?;
-            }
-            let quiet = course.abandoned || self.heard_of_hop.elapsed() >= QUIET;
-            if !self.hop_is_empty && course.finished && self.paced.is_empty() && quiet {
-                self.hop_is_empty = true;
-                // Ahead of what has come meanwhile.
-                let newer = std::mem::take(&mut self.waiting);
-                self.waiting = std::mem::take(&mut self.last);
-                self.waiting.extend(newer);
+            // Where they come faster than they can be noted, this must not go on for ever.
+            let mut notices = 0;
+            while notices < self.spec.packets as usize {
+                let more = self.read()?;
+                notices += more;
+                if more < READ_AT_ONCE {
+                    break;
+                }
             }
             self.sort(course.to, course.pacer.is_paced())?;
             let portion = course.pacer.portion(&self.paced)?;
@@ -347,14 +312,12 @@ impl<'a> Keeper<'a> {
 
             if self.paced.is_empty() {
                 (fewest, since) = (usize::MAX, Instant::now());
-                if self.read()? > A_FEW {
-                    continue;
-                }
-                if course.finished && self.last.is_empty() && self.hop_is_empty {
-                    self.sort(course.to, false)?;
+                // At a high rate there is no moment in which none come: a few go in the end without
+                // having been looked at.
+                if course.finished {
                     break;
                 }
-                if !self.waiting.is_empty() {
+                if self.read()? > 0 {
                     continue;
                 }
                 // Nothing to do until something happens; a bound on time may be that.
@@ -389,7 +352,7 @@ impl<'a> Keeper<'a> {
     fn let_pass(&mut self) -> Result<()> {
         let ahead = self.last_id.wrapping_add(1 << 30);
         let all = || verdict(self.number, QUEUE_VERDICT_BATCH, NF_ACCEPT, ahead);
-        let mut last: Vec<Request> = std::iter::repeat_with(all).take(4).collect();
+        let mut last: Vec<Request> = std::iter::repeat_with(all).take(SWEEPS).collect();
         last.push(config(self.number, |body| {
             let fail_open = nfqa_cfg::F_FAIL_OPEN.to_be_bytes();
             body.leaf(nfqa_cfg::MASK, &fail_open)
@@ -413,12 +376,10 @@ impl<'a> Keeper<'a> {
                 verdicts.push(verdict(self.number, QUEUE_VERDICT, NF_DROP, held.id));
                 self.report.discarded += 1;
                 self.left(&held, now);
-            } else if held.last && !self.hop_is_empty {
-                self.last.push_back(held);
             } else if held.udp && paced && !held.own {
                 self.paced.push_back(held);
             } else {
-                if self.paced.is_empty() && self.last.is_empty() {
+                if self.paced.is_empty() {
                     run = Some(held.id);
                 } else {
                     verdicts.extend(
@@ -442,20 +403,13 @@ impl<'a> Keeper<'a> {
         let Some(newest) = gone.last() else {
             return Ok(());
         };
-        let verdicts = if self.last.front().is_some_and(|held| held.id < newest.id) {
-            gone.iter()
-                .map(|held| verdict(self.number, QUEUE_VERDICT, NF_ACCEPT, held.id))
-                .collect()
-        } else {
-            // Everything with a lower number has gone before, or goes with it.
-            vec![verdict(
-                self.number,
-                QUEUE_VERDICT_BATCH,
-                NF_ACCEPT,
-                newest.id,
-            )]
-        };
-        self.send_all(verdicts)?;
+        // Everything with a lower number has gone before, or goes with it.
+        self.send([verdict(
+            self.number,
+            QUEUE_VERDICT_BATCH,
+            NF_ACCEPT,
+            newest.id,
+        )])?;
         self.report.released += gone.len() as u64;
         for held in &gone {
             self.left(held, now);
@@ -509,8 +463,6 @@ struct Course {
     pacer: Pacer,
     /// Whether nothing more is to be waited for.
     finished: bool,
-    /// Whether it goes back.
-    abandoned: bool,
 }
 
 impl Course {
@@ -525,9 +477,7 @@ impl Course {
         };
         // What was sorted before is sorted again: it may go elsewhere now.
         let mut again: Vec<Held> = keeper.paced.drain(..).collect();
-        again.extend(keeper.last.drain(..));
         again.extend(keeper.waiting.drain(..));
-        again.sort_by_key(|held| held.id);
         keeper.waiting = again.into();
         let hop = keeper.spec.hop.map(|hop| hop.interface());
         let hop = hop.filter(|_| to == To::Destination);
@@ -535,7 +485,6 @@ impl Course {
             to,
             pacer: Pacer::new(&pace, keeper.arrival(), hop)?,
             finished: !until_finish,
-            abandoned: to == To::Source,
         })
     }
 }

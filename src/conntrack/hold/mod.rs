@@ -39,10 +39,10 @@
 //!
 //! # The end of a hold
 //! TCP goes first and at once; datagrams follow at a [`Pace`] that does not overflow what is on
-//! their way. While packets are released others arrive, and queue behind. At some moment the queue has to be
-//! left out, and a packet that arrives then must not overtake one that is still in it. Removing
-//! the rule cannot do that: it takes effect while packets wait. Instead, one single message to the
-//! kernel (a) releases all there is, several times, (b) makes the queue's length zero and lets
+//! their way. While packets are released others arrive, and queue behind. At some moment the queue
+//! has to be left out, and a packet that arrives then must not overtake one that is still in it.
+//! Removing the rule cannot do that: it takes effect while packets wait. Instead, one single message
+//! to the kernel (a) releases all there is, many times, (b) makes the queue's length zero and lets
 //! packets pass a full queue, (c) releases what came in between (a) and (b). Between two parts of
 //! it lie microseconds. After that, packets pass the queue without waiting, and the rules can be
 //! removed at leisure.

@@ -42,13 +42,8 @@ pub enum Side {
     /// destination sends out of the hop.
     #[default]
     Leaving,
-    /// Where it arrives: what comes out of a hop for it.
-    Arriving {
-        /// Whether flows of it are known here from an earlier stay. Then what their peers send
-        /// waits too, until nothing more comes out of the hop, and so does what the container
-        /// itself sends.
-        home: bool,
-    },
+    /// Where it arrives: the datagrams that come out of a hop for it.
+    Arriving,
     /// Where connections of it began, to which it comes home: what their peers send, and what the
     /// container itself sends, but nothing that comes out of a hop.
     Home,
@@ -151,7 +146,7 @@ impl HoldSpec {
         }
         match self.side {
             Side::Leaving => self.leaving(&mut commands),
-            Side::Arriving { home } => self.arriving(home, &mut commands),
+            Side::Arriving => self.arriving(&mut commands),
             Side::Home => self.home(&mut commands),
         }
         commands
@@ -210,39 +205,17 @@ impl HoldSpec {
         }
     }
 
-    fn arriving(&self, home: bool, commands: &mut Vec<Value>) {
+    fn arriving(&self, commands: &mut Vec<Value>) {
         let established = self.established_chain();
-        let known = goto(&self.queue_chain());
-        let out_of_a_hop = |op: &str| {
-            json!({ "match": {
-                "op": op, "left": { "meta": { "key": "iifname" } }, "right": "livemig*",
-            } })
-        };
         for address in &self.addresses {
-            let mut statements = vec![
-                out_of_a_hop("=="),
+            let statements = [
+                equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),
                 equal(payload(ip(address), "daddr"), address),
-            ];
-            if !home {
                 // TCP has windows of its own; only datagrams have to be let in at a pace.
-                statements.push(equal(json!({ "meta": { "key": "l4proto" } }), "udp"));
-            }
-            statements.push(known.clone());
+                equal(json!({ "meta": { "key": "l4proto" } }), "udp"),
+                goto(&self.queue_chain()),
+            ];
             commands.push(rule(&established, &statements));
-            if home {
-                let own = [
-                    out_of_a_hop("!="),
-                    equal(payload(ip(address), "saddr"), address),
-                    known.clone(),
-                ];
-                commands.push(rule(&established, &own));
-                for flow in flows_of(address) {
-                    let mut statements = vec![out_of_a_hop("!=")];
-                    statements.extend(flow);
-                    statements.push(known.clone());
-                    commands.push(rule(&established, &statements));
-                }
-            }
         }
     }
 
