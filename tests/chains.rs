@@ -2,19 +2,9 @@
 
 mod lab;
 
-use lab::pair::Pair;
+use lab::pair::{Pair, assert_went_on};
 use lab::{Lab, Workload};
 use serde_json::Value;
-
-/// Panics unless all the connections of an echo client went on, with nothing wrong.
-#[track_caller]
-fn assert_went_on(report: &Value, connections: u64) {
-    assert_eq!(report["connected"], connections, "{report}");
-    assert_eq!(report["wrong"], 0, "{report}");
-    assert_eq!(report["resets"], 0, "{report}");
-    assert_eq!(report["unanswered"], 0, "{report}");
-    assert_eq!(report["same_socket"], true, "{report}");
-}
 
 /// Hosts whose kernels soon forget a connection that has ended; else it takes two minutes.
 async fn forgetful(hosts: usize, clients: usize) -> Pair {

@@ -2,7 +2,7 @@
 
 mod lab;
 
-use lab::pair::Pair;
+use lab::pair::{Pair, assert_went_on};
 use lab::{Builder, Census, Lab};
 use serde_json::Value;
 
@@ -41,16 +41,6 @@ impl Stage {
             .assert_only_the_hop_is_left(1, &self.before, flows)
             .await;
     }
-}
-
-/// Panics unless all the connections of an echo client went on, with nothing wrong.
-#[track_caller]
-fn assert_went_on(report: &Value, connections: u64) {
-    assert_eq!(report["connected"], connections, "{report}");
-    assert_eq!(report["wrong"], 0, "{report}");
-    assert_eq!(report["resets"], 0, "{report}");
-    assert_eq!(report["unanswered"], 0, "{report}");
-    assert_eq!(report["same_socket"], true, "{report}");
 }
 
 /// A busy connection, and one that is silent from before the move until after it.

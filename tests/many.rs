@@ -4,7 +4,7 @@ mod lab;
 
 use futures::future::join_all;
 use lab::Lab;
-use lab::pair::{Pair, report};
+use lab::pair::{Pair, assert_went_on, report};
 
 /// How many containers leave each of the two hosts.
 const EACH_WAY: usize = 4;
@@ -52,15 +52,45 @@ async fn eight_at_once_in_both_directions() {
         assert_eq!(links.text(), "1");
     }
     for client in clients {
-        let heard = client.stop().await;
-        assert_eq!(heard["connected"], 3, "{heard}");
-        assert_eq!(heard["wrong"], 0, "{heard}");
-        assert_eq!(heard["resets"], 0, "{heard}");
-        assert_eq!(heard["unanswered"], 0, "{heard}");
-        assert_eq!(heard["same_socket"], true, "{heard}");
+        assert_went_on(&client.stop().await, 3);
     }
     for host in [1, 2] {
         pair.wait_until_the_hop_is_gone(host).await;
+    }
+    pair.down().await;
+}
+
+#[tokio::test]
+async fn two_sources_send_into_one_destination() {
+    let pair = Pair::of(Lab::builder(3)).await;
+    let mut clients = Vec::new();
+    for source in [1, 2] {
+        let address = format!("10.88.1.{source}");
+        let podman = ["-p", "7000:7000", "--ip", &address];
+        let podman = match source {
+            1 => podman,
+            // Their ports meet at the destination.
+            _ => ["-p", "7001:7000", podman[2], podman[3]],
+        };
+        let host = pair.host(source);
+        let (name, ip) = (format!("web{source}"), host.ip());
+        host.run_workload(&name, &podman, &["echo", "7000"]).await;
+        let port = if source == 1 { "7000" } else { "7001" };
+        let client = ["client-echo", &ip, port, "--connections", "3"];
+        clients.push(pair.client(1).spawn(&client).await);
+    }
+    let migrations = [1, 2].map(|source| {
+        pair.spawn_migration(&format!("web{source}"), source, 3, &[])
+            .finish()
+    });
+    for (index, output) in join_all(migrations).await.iter().enumerate() {
+        assert!(output.status.success(), "{output}");
+        let name = format!("web{}", index + 1);
+        pair.assert_moved(&name, index + 1, 3, &report(output))
+            .await;
+    }
+    for client in clients {
+        assert_went_on(&client.stop().await, 3);
     }
     pair.down().await;
 }

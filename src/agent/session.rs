@@ -632,17 +632,17 @@ impl Sessions {
             self.switch_on_loopback(&container.id).await?;
         }
         gate(&container).open().await?;
-        // What was carried after it ends here again.
-        self.change_forwarding(&mut session.journal, &container.id, || {
-            migration::at_home(&self.config, &container.id)
-        })
-        .await?;
         if let Some(intake) = &session.intake {
             let pid = self.podman.inspect(container.id.as_str()).await?.pid;
             intake.open(&Namespace::of_pid(
                 pid.ok_or(Error::OutOfOrder("process"))?,
             )?);
         }
+        // What was carried after it ends here again.
+        self.change_forwarding(&mut session.journal, &container.id, || {
+            migration::at_home(&self.config, &container.id)
+        })
+        .await?;
         let restore = ended
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -304,7 +304,12 @@ fn unkeepable(
 /// Connections to peers on the container's own networks that are not among the flows. They do not
 /// pass the host, whose connection tracking knows nothing of them unless it looks into bridges
 /// (br_netfilter): only the container's sockets tell.
-fn neighbours(container: &Container, networks: &[Network], flows: &[Flow], findings: &mut Vec<Finding>) {
+fn neighbours(
+    container: &Container,
+    networks: &[Network],
+    flows: &[Flow],
+    findings: &mut Vec<Finding>,
+) {
     let listed = container.pid.map(|pid| {
         let namespace = Namespace::of_pid(pid)?;
         sockets::list(&namespace)

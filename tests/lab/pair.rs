@@ -335,6 +335,16 @@ impl Drop for Agents {
     }
 }
 
+/// Panics unless all the connections of an echo client went on, with nothing wrong.
+#[track_caller]
+pub fn assert_went_on(report: &Value, connections: u64) {
+    assert_eq!(report["connected"], connections, "{report}");
+    assert_eq!(report["wrong"], 0, "{report}");
+    assert_eq!(report["resets"], 0, "{report}");
+    assert_eq!(report["unanswered"], 0, "{report}");
+    assert_eq!(report["same_socket"], true, "{report}");
+}
+
 /// The report in what `livemig migrate --json` printed: one object a line, the report last.
 pub fn report(output: &Output) -> Value {
     let mut events = events(output);

@@ -245,15 +245,15 @@ pub enum Command {
         /// Only those of this container
         container: Option<String>,
 
+        /// Show them again and again, every so often, as in 1s; with --json, a list a line
+        #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "1s", value_parser = duration)]
+        watch: Option<Duration>,
+
         /// Carry no more new connections to where this container went (or to where any did)
         ///
         /// Ends what `livemig migrate --forward-new` began. Connections that are open go on.
         #[arg(long, conflicts_with = "watch")]
         stop_forwarding: bool,
-
-        /// Show them again and again, every so often, as in 1s; with --json, a list a line
-        #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "1s", value_parser = duration)]
-        watch: Option<Duration>,
     },
 
     /// Finish or undo what an interrupted migration left on this host
