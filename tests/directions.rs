@@ -88,8 +88,8 @@ async fn clients_on_the_hosts_themselves_go_on() {
     // The same with datagrams, none of which is sent again.
     h1.run_workload("dgram", &["-p", "8081:7000/udp"], &["udp-echo", "7000"])
         .await;
-    let udp = ["client-udp", &ip, "8081", "--rate", "500"];
-    let from_loopback = ["client-udp", "127.0.0.1", "8081", "--rate", "500"];
+    let udp = ["client-udp", &ip, "8081", "--rate", "100"];
+    let from_loopback = ["client-udp", "127.0.0.1", "8081", "--rate", "100"];
     let datagrams = [
         ("loopback", h1.spawn(&from_loopback).await),
         ("own address", h1.spawn(&udp).await),
@@ -155,6 +155,31 @@ async fn every_kind_of_port_and_what_the_container_opened_goes_on() {
     // The control port by the range, and by the one address.
     let by_range = c1.spawn(&["client-echo", &ip, "9001"]).await;
     let by_address = c1.spawn(&["client-echo", "10.77.0.200", "8000"]).await;
+    // A connection that does not pass the host at all. It cannot be kept, and that is said before.
+    let address = h1
+        .exec(&[
+            "podman",
+            "inspect",
+            "-f",
+            "{{.NetworkSettings.Networks.podman.IPAddress}}",
+            "web",
+        ])
+        .await;
+    let direct = ["client-echo", address.text(), "7001", "--idle", "1"];
+    let direct = ClientContainer::start(h1, "direct", &[], &direct).await;
+    let check = h1
+        .exec(&["livemig", "--json", "check", "web", "--to", "h2"])
+        .await
+        .json();
+    let findings = check["findings"].as_array().expect("a list");
+    let named = findings.iter().filter(|finding| {
+        let what = finding["what"].as_str().expect("text");
+        what.contains("will break") && what.contains(&format!("{}:7001", address.text()))
+    });
+    assert_eq!(named.count(), 2, "{check}");
+    h1.exec(&["podman", "rm", "-f", "-t", "0", direct.name])
+        .await;
+
     let report = pair.migrate("web", 1, 2).await;
     pair.assert_moved("web", 1, 2, &report).await;
     let moved = pair.migrate("asking", 1, 2).await;

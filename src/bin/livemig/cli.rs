@@ -252,7 +252,7 @@ pub enum Command {
         /// Carry no more new connections to where this container went (or to where any did)
         ///
         /// Ends what `livemig migrate --forward-new` began. Connections that are open go on.
-        #[arg(long)]
+        #[arg(long, conflicts_with = "watch")]
         stop_forwarding: bool,
     },
 
