@@ -140,6 +140,9 @@ pub enum Error {
     /// There is no tunnel to a host that speaks of connections through one.
     #[error("there is no hop to {0}")]
     NoHop(String),
+    /// New connections of this container are not carried anywhere.
+    #[error("no new connections of `{0}` are carried to another host")]
+    NotForwarded(String),
     /// More paths are about to change than this host keeps in mind.
     #[error("{limit} paths are about to change already")]
     TooManyPaths {
@@ -224,6 +227,7 @@ impl Error {
             | Error::NotIntroduced { .. }
             | Error::MayNotReceive(_)
             | Error::NoHop(_)
+            | Error::NotForwarded(_)
             | Error::TooManyPaths { .. }
             | Error::Busy { .. } => Class::Refused,
             Error::NotRehearsable(_) => Class::Usage,
@@ -258,6 +262,7 @@ impl Error {
             Error::NotIntroduced { .. } => "not-introduced",
             Error::MayNotReceive(_) => "may-not-receive",
             Error::NoHop(_) => "no-hop",
+            Error::NotForwarded(_) => "not-forwarded",
             Error::TooManyPaths { .. } => "too-many-paths",
             Error::Busy { .. } => "busy",
             Error::Interrupted(_) => "interrupted",

@@ -9,9 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use livemig::conntrack::hold::{HeldPorts, PortProtocol};
 use livemig::conntrack::{
-    Change, Direction, Entry, Event, Family, Mark, Opening, Protocol, Status, Table, TcpInfo,
-    TcpSide, TcpState, Tuple, alias, steer,
+    Change, Direction, Entry, Event, Family, Fence, Mark, Opening, Protocol, Status, Table,
+    TcpInfo, TcpSide, TcpState, Tuple, alias, steer,
 };
 use livemig::netlink::sockets::{self, Kind, State};
 use livemig::podman::Subnet;
@@ -764,6 +765,70 @@ fn a_program_on_the_anchor_goes_on_though_its_address_is_the_other_hosts_too() {
         alias::forget_unused(&here.dump(Family::Both).await.unwrap()).unwrap();
         assert!(!peers().contains("250.88.0.1"));
     });
+}
+
+#[test]
+fn new_connections_to_a_container_that_has_left_are_refused_at_once_and_known_ones_go_on() {
+    let net = Net::new();
+    let before = net.ruleset("host");
+    let at = |protocol, first| HeldPorts {
+        protocol,
+        address: None,
+        first,
+        last: first,
+    };
+    let fence = Fence {
+        container: "0123456789abcdef".repeat(4).parse().unwrap(),
+        addresses: vec![address("10.88.0.5"), address("fd00:88::5")],
+        ports: vec![at(PortProtocol::Tcp, 8080), at(PortProtocol::Udp, 8080)],
+    };
+    // Whoever is not refused is let in: there is always somebody who listens.
+    let _listeners = net
+        .container
+        .run(|| ["10.88.0.5:80", "[fd00:88::5]:80"].map(|at| TcpListener::bind(at).unwrap()))
+        .unwrap();
+    let _local = net.host.run(|| TcpListener::bind("[::]:8080").unwrap());
+    let servers = ["10.88.0.5:80", "[fd00:88::5]:80"].map(|at| udp(&net.container, at));
+    let connect = |from: &livemig::netlink::Namespace, to: &str| {
+        let to: SocketAddr = to.parse().unwrap();
+        from.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(10)))
+            .unwrap()
+            .map_err(|error| error.kind())
+    };
+    let refused = std::io::ErrorKind::ConnectionRefused;
+    for (published, bind, server) in [
+        ("192.0.2.1:8080", "192.0.2.2:0", &servers[0]),
+        ("[2001:db8::1]:8080", "[2001:db8::2]:0", &servers[1]),
+    ] {
+        let asking = || {
+            let socket = udp(&net.client, bind);
+            socket.connect(published).unwrap();
+            socket.send(b"anybody there?").unwrap();
+            socket
+        };
+        let mut buffer = [0; 64];
+        within(&net.host, async || fence.prepare().await.unwrap());
+        let known = connect(&net.client, published).unwrap();
+        connect(&net.host, published).unwrap();
+        let asked = asking();
+        let (_, peer) = server.recv_from(&mut buffer).unwrap();
+
+        within(&net.host, async || fence.refuse().unwrap());
+        assert_eq!(connect(&net.client, published).unwrap_err(), refused);
+        assert_eq!(connect(&net.host, published).unwrap_err(), refused);
+        assert_eq!(asking().recv(&mut buffer).unwrap_err().kind(), refused);
+        server.send_to(b"yes", peer).unwrap();
+        assert_eq!(asked.recv(&mut buffer).unwrap(), 3);
+        asked.send(b"good").unwrap();
+        assert_eq!(server.recv_from(&mut buffer).unwrap(), (4, peer));
+        assert_eq!(known.peer_addr().unwrap(), published.parse().unwrap());
+
+        within(&net.host, async || fence.remove().await.unwrap());
+        connect(&net.client, published).unwrap();
+        asking();
+        server.recv_from(&mut buffer).unwrap();
+        assert_eq!(net.ruleset("host"), before);
+    }
 }
 
 #[test]

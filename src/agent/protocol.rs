@@ -22,6 +22,9 @@
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
 //!    │  ◀───────────────────────────────────── Nothing
 //!
+//!  when new connections come through a hop no more:
+//!    │  DELETE /v1/forwardings/CONTAINER ──────────────▶
+//!    │  ◀───────────────────────────────────── Nothing
 //!  at any point before commit:
 //!    │  DELETE /v1/migrations/ID ──────────────────────▶  undoes all of it, also a running container
 //!    │  ◀────────────────────────────────────── Undone    only now may the source thaw
@@ -49,7 +52,7 @@ use serde::{Deserialize, Serialize};
 use super::{Address, Fingerprint, PeerName};
 use crate::conntrack::{Flow, Tuple};
 use crate::criu::{Features, Finding};
-use crate::podman::{Container, HostInfo, Network};
+use crate::podman::{Container, ContainerId, HostInfo, Network};
 use crate::tunnel;
 
 /// How large the pieces are in which an image is compressed and sent, in bytes.
@@ -158,6 +161,9 @@ pub struct Prepare {
     pub offer: Offer,
     /// The source's end of the hop.
     pub hop: tunnel::Proposal,
+    /// Whether new connections for the container will come through the hop, too.
+    #[serde(default)]
+    pub forward: bool,
 }
 
 /// It is ready.
@@ -212,7 +218,9 @@ pub struct Expect {
 /// The container whose connections you send through me has moved on.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Shorten {
-    /// The container's addresses.
+    /// The container.
+    pub container: ContainerId,
+    /// Its addresses.
     pub addresses: Vec<IpAddr>,
     /// Where it is now.
     pub to: Introduction,
@@ -237,6 +245,8 @@ pub struct Forget {
 /// A hop for a path.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Open {
+    /// The container, if new connections to it come this way as well.
+    pub forwards: Option<ContainerId>,
     /// The anchor's end.
     pub hop: tunnel::Proposal,
 }

@@ -23,6 +23,7 @@ use super::protocol::{
 };
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
+use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
@@ -115,6 +116,7 @@ impl Sessions {
                 .map(|stem| stem.to_string_lossy().into_owned())
                 .unwrap_or_default();
             if journal.committed() {
+                remove_holds(&journal).await?;
                 journal.close()?;
             } else if let Some(container) = ran {
                 told.push(format!(
@@ -277,12 +279,7 @@ impl Sessions {
                 match self.find(&caller, id.as_str()) {
                     Ok((id, session)) => said(self.commit(&id, &mut *session.lock().await).await),
                     // Told twice, it is committed once.
-                    Err(_) => said(self.left_behind(&id).and_then(|journal| {
-                        if let Some(journal) = journal {
-                            journal.close()?;
-                        }
-                        Ok(Nothing {})
-                    })),
+                    Err(_) => said(self.commit_left_behind(&id).await),
                 }
             }
             (&Method::DELETE, ["v1", "migrations", id]) => {
@@ -291,6 +288,10 @@ impl Sessions {
                     Ok((id, session)) => said(self.undo(&id, &mut *session.lock().await).await),
                     Err(_) => said(self.undo_left_behind(&id).await),
                 }
+            }
+            (&Method::DELETE, ["v1", "forwardings", container]) => {
+                let peer = caller.peer.fingerprint.to_string();
+                said(self.no_more_from(container, &peer).await)
             }
             (&Method::GET, ["v1", "migrations", id]) => {
                 let id = number(id)?;
@@ -308,6 +309,13 @@ impl Sessions {
         }
     }
 
+    /// A host carries no more new connections of a container to here.
+    async fn no_more_from(&self, container: &str, peer: &str) -> Result<Nothing, Error> {
+        let container = container.parse()?;
+        migration::no_more_from(&self.config, &container, peer).await?;
+        Ok(Nothing {})
+    }
+
     /// What stands in the way of a container, as seen from here. Changes nothing.
     async fn assess(&self, offer: &Offer) -> Result<Assessment, Error> {
         migration::at_destination(&self.podman, offer).await
@@ -320,7 +328,11 @@ impl Sessions {
         id: MigrationId,
         prepare: Prepare,
     ) -> Result<Prepared, Error> {
-        let Prepare { offer, hop } = prepare;
+        let Prepare {
+            offer,
+            hop,
+            forward,
+        } = prepare;
         // From here on whoever wants it undone waits for this to end: a source that has crashed and
         // asks for that must not be told that there is nothing, and then there is.
         let journal = Journal::create(&self.config.incoming_dir(), &id)?;
@@ -344,7 +356,9 @@ impl Sessions {
                 state,
             },
         );
-        let prepared = self.make_ready(caller, &id, &mut session, &hop).await;
+        let prepared = self
+            .make_ready(caller, &id, &mut session, &hop, forward)
+            .await;
         if prepared.is_err() {
             // What went wrong is the answer; what may be left of it stays in the journal.
             if let Err(error) = self.undo(&id, &mut session).await {
@@ -360,6 +374,7 @@ impl Sessions {
         id: &MigrationId,
         session: &mut Session,
         theirs: &tunnel::Proposal,
+        forward: bool,
     ) -> Result<Prepared, Error> {
         // It may have changed since the assessment, and the source may not have asked for one.
         let assessment = self.assess(&session.offer).await?;
@@ -394,6 +409,13 @@ impl Sessions {
                 .journal
                 .will([Effect::Closed { gate: gate.clone() }])?;
             gate.close().await?;
+        }
+        if forward {
+            let container = &session.offer.container;
+            self.change_forwarding(&mut session.journal, &container.id, || {
+                migration::after_arrival(&self.config, container, own.hop).map(Some)
+            })
+            .await?;
         }
         Ok(Prepared {
             hop: own.proposal,
@@ -612,6 +634,11 @@ impl Sessions {
                 pid.ok_or(Error::OutOfOrder("process"))?,
             )?);
         }
+        // What was carried after it ends here again.
+        self.change_forwarding(&mut session.journal, &container.id, || {
+            migration::at_home(&self.config, &container.id)
+        })
+        .await?;
         let restore = ended
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -621,6 +648,23 @@ impl Sessions {
             flows: inserted,
             home,
         })
+    }
+
+    /// Changes what this host does for new connections of a container, if there is something to.
+    async fn change_forwarding(
+        &self,
+        journal: &mut Journal,
+        container: &ContainerId,
+        change: impl FnOnce() -> Result<Option<Forwarding>, Error>,
+    ) -> Result<(), Error> {
+        let Some(after) = change()? else {
+            return Ok(());
+        };
+        journal.will([Effect::Forwarding {
+            container: container.clone(),
+            before: migration::forwarding_of(&self.config, container)?,
+        }])?;
+        migration::set_forwarding(&self.config, &after).await
     }
 
     /// CRIU makes the namespace of a container without networks anew and leaves its loopback interface
@@ -653,6 +697,15 @@ impl Sessions {
                 tracing::warn!(%error, "hops that nobody uses could not be removed");
             }
         });
+        Ok(Nothing {})
+    }
+
+    /// The same for a migration that an earlier agent of this host began, or that has been committed.
+    async fn commit_left_behind(&self, id: &MigrationId) -> Result<Nothing, Error> {
+        if let Some(journal) = self.left_behind(id)? {
+            remove_holds(&journal).await?;
+            journal.close()?;
+        }
         Ok(Nothing {})
     }
 
@@ -740,6 +793,16 @@ impl Handler for Sessions {
     ) -> BoxFuture<'static, Reply> {
         self.answer(caller, request).boxed()
     }
+}
+
+/// Removes the rules by which packets waited here. When an agent ends, none wait any more.
+async fn remove_holds(journal: &Journal) -> Result<(), Error> {
+    for effect in journal.effects() {
+        if let Effect::Hold { spec } = effect {
+            conntrack::hold::remove_rules(spec).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether datagrams may come for a container that is being restored. TCP needs no intake: what its

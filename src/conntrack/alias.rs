@@ -11,7 +11,7 @@
 //! destination back:
 //!
 //! ```text
-//!   destination, into3:   ct status & (snat | dnat) == 0 fib daddr type local
+//!   destination, into3:   ct status & (snat | dnat | confirmed) == confirmed fib daddr type local
 //!                           ip daddr set ip daddr | 240.0.0.0              # 10.88.0.1 → 250.88.0.1
 //!   anchor, unalias:      iifname "livemig*" ip daddr 240.0.0.0/4
 //!                           ip daddr set ip saddr . ip daddr map @peers    # (10.88.0.5, 250.88.0.1)
@@ -23,7 +23,8 @@
 //! (`nft_payload_set_eval`); an ICMP error quotes a packet of the other direction, which has no alias.
 //!
 //! A packet whose connection is translated here has its destination changed after steering: that is
-//! how it looks local now. It is left alone.
+//! how it looks local now. It is left alone, as is the first packet of one that is about to be
+//! translated ([`forward`](super::forward)): such a connection is not confirmed yet.
 //!
 //! An alias is the address with its first bits replaced: by those of 240.0.0.0/4 (reserved, RFC 1112,
 //! section 4) or of fe00::/9 (reserved by the IETF, RFC 4291, section 2.4), which no host has. The bits
@@ -185,8 +186,10 @@ pub(super) fn rules(chain: &str) -> Vec<Value> {
                         if ip == "ip" { "ipv4" } else { "ipv6" },
                     ),
                     equal(
-                        json!({ "&": [{ "ct": { "key": "status" } }, ["snat", "dnat"]] }),
-                        0,
+                        json!({ "&": [
+                            { "ct": { "key": "status" } }, ["snat", "dnat", "confirmed"],
+                        ] }),
+                        "confirmed",
                     ),
                     equal(
                         json!({ "fib": { "result": "type", "flags": ["daddr"] } }),

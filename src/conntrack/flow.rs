@@ -35,6 +35,10 @@ pub enum CannotKeep {
     /// container's address without the host, and the container it. (The network's gateway is not
     /// meant, which stands there for programs on the host and for other containers that go through
     /// a published port and are masqueraded: see [`alias`](super::alias).)
+    ///
+    /// Answering for the absent one's address on each bridge (a neighbour proxy) could carry such
+    /// connections, and is not sound: at either host, Podman believes the other's address to be free
+    /// and gives it to the next container that starts.
     #[error("its peer is on the container's own network")]
     PeerOnBridge,
     /// Both ends are the container.

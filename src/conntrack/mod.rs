@@ -22,6 +22,7 @@
 //! | [`Flow`] | an entry as seen from the container: who opened it, what each host has to do |
 //! | [`steer`] | the nftables rules that turn marks into routes, and guard the hops |
 //! | [`alias`] | other names for peers whose address the destination has too |
+//! | [`forward`] | new connections that are carried after a container |
 //! | [`hold`] | keeping packets in the kernel while the container is nowhere |
 
 pub mod alias;
@@ -31,6 +32,7 @@ mod error;
 mod events;
 mod fence;
 mod flow;
+pub mod forward;
 mod gate;
 pub mod hold;
 mod mark;

@@ -320,7 +320,7 @@ impl Rules {
 
     /// Appends a rule to `chain` that jumps to another, without another start of nft.
     pub(super) fn add_jump(&mut self, doing: &'static str, chain: &str, to: &str) -> Result<()> {
-        Ok(self.commit(doing, None, vec![expression_rule(chain, &jump(to))])?)
+        Ok(self.commit(doing, None, vec![jump_rule(chain, to)])?)
     }
 
     /// The keys of a set or map; none if it is not there.
@@ -502,6 +502,19 @@ fn is_restart(error: &netlink::Error) -> bool {
     error
         .errno()
         .is_some_and(|errno| errno.raw_os_error() == 85)
+}
+
+/// A request that appends a rule to `chain` that jumps to another.
+pub(super) fn jump_rule(chain: &str, to: &str) -> Request {
+    expression_rule(chain, &jump(to))
+}
+
+/// A request that removes all rules of a chain.
+pub(super) fn flush_chain(chain: &str) -> Request {
+    let mut body = Body::netfilter(NFPROTO_INET, 0);
+    body.text(nft::RULE_TABLE, TABLE)
+        .text(nft::RULE_CHAIN, chain);
+    Request::new(nft::DELRULE, body)
 }
 
 fn expression_rule(chain: &str, expression: &Body) -> Request {

@@ -4,14 +4,16 @@
 //! do next. Everything that Podman or CRIU would refuse half-way belongs here: half-way is when the
 //! container is frozen.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use ipnetwork::IpNetwork;
 
 use crate::agent::protocol::{Assessment, Offer};
-use crate::conntrack::Flow;
+use crate::conntrack::{CannotKeep, Flow};
 use crate::criu::{self, Code, Features, Finding, Freezer, Side, processes};
+use crate::netlink::Namespace;
+use crate::netlink::sockets::{self, Kind, State};
 use crate::podman::{Client, Container, HostInfo, Mode, Mount, Network, Status, Subnet};
 use crate::{Error, Result, tunnel};
 
@@ -71,6 +73,7 @@ pub(super) fn at_source(
     storage(container, &mut findings);
     what_stays_behind(container, &mut findings);
     unkeepable(container, networks, flows, &mut findings);
+    neighbours(container, networks, flows, &mut findings);
     findings
 }
 
@@ -295,6 +298,64 @@ fn unkeepable(
                 "connect through the published port from another host",
             ));
         }
+    }
+}
+
+/// Connections to peers on the container's own networks that are not among the flows. They do not
+/// pass the host, whose connection tracking knows nothing of them unless it looks into bridges
+/// (br_netfilter): only the container's sockets tell.
+fn neighbours(
+    container: &Container,
+    networks: &[Network],
+    flows: &[Flow],
+    findings: &mut Vec<Finding>,
+) {
+    let listed = container.pid.map(|pid| {
+        let namespace = Namespace::of_pid(pid)?;
+        sockets::list(&namespace)
+    });
+    let sockets = match listed {
+        Some(Ok(sockets)) => sockets,
+        Some(Err(error)) => {
+            tracing::warn!(%error, "the container's sockets cannot be listed");
+            return;
+        }
+        None => return,
+    };
+    let subnets = subnets(networks);
+    for socket in sockets {
+        // A socket for both families shows a peer of IPv4 in the form of IPv6.
+        let peer = socket.remote.ip().to_canonical();
+        let on_network = subnets.iter().any(|subnet| subnet.subnet.contains(peer));
+        let gateway = subnets.iter().any(|subnet| subnet.gateway == Some(peer));
+        let own = container.addresses().any(|address| address == peer);
+        let ends = [
+            SocketAddr::new(socket.local.ip().to_canonical(), socket.local.port()),
+            SocketAddr::new(peer, socket.remote.port()),
+        ];
+        let known = flows.iter().any(|flow| {
+            let seen = [flow.seen.from(), flow.seen.to()];
+            seen == ends || seen == [ends[1], ends[0]]
+        });
+        let over = matches!(socket.state, State::TimeWait | State::Listen);
+        if !on_network || gateway || own || known || over || socket.remote.port() == 0 {
+            continue;
+        }
+        let protocol = match socket.kind {
+            Kind::Tcp => "tcp",
+            Kind::Udp => "udp",
+        };
+        findings.push(Finding::warn(
+            Code::FlowNotKept,
+            format!(
+                "the connection {protocol} {} ↔ {} of `{}` will break: {}",
+                ends[0],
+                ends[1],
+                container.name,
+                CannotKeep::PeerOnBridge
+            ),
+            "have the two talk through a published port of this host instead",
+        ));
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::{Leftover, Migration, home, path};
+use super::{Leftover, Migration, forwarding, home, path};
 use crate::Result;
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
@@ -42,6 +42,11 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
             "the rule that kept it quiet",
             fence.remove().await.map_err(Into::into),
         );
+    }
+    // If nothing is carried on from here, what was before has ended.
+    if migration.forwarding.is_none() {
+        let ended = forwarding::forget(&migration.request.config, &container.id).await;
+        migration.note("the way of new connections", ended);
     }
     // They do not come through here any more.
     let forgotten = home::forget(&migration.at_home).await;

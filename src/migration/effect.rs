@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::protocol::{MigrationId, PathId};
+use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::HoldSpec;
 use crate::conntrack::{Fence, Gate};
 use crate::criu::Freezer;
@@ -73,6 +74,13 @@ pub enum Effect {
         addresses: Vec<IpAddr>,
         /// The hop.
         hop: HopId,
+    },
+    /// New connections of the container go another way than before.
+    Forwarding {
+        /// Which container.
+        container: ContainerId,
+        /// What this host did for them before; nothing if they had no way.
+        before: Option<Forwarding>,
     },
     /// The container is gone from here for good. Never undone: it is done only past the point of no
     /// return, and after a crash it is done again. It is written down before, so that there is no
@@ -165,6 +173,7 @@ impl std::fmt::Display for Effect {
             Effect::Fenced { .. } => write!(f, "the rule that keeps the frozen container quiet"),
             Effect::Frozen { .. } => write!(f, "frozen processes"),
             Effect::Steered { hop, .. } => write!(f, "flows steered into {}", hop.interface()),
+            Effect::Forwarding { .. } => write!(f, "the way of new connections"),
             Effect::Forget { container, .. } => write!(f, "the old container {container}"),
             Effect::Network { name } => write!(f, "network {name}"),
             Effect::Image { id } => write!(f, "image {id}"),

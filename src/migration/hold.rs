@@ -13,7 +13,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::drain::Drainage;
-use super::{Asked, Effect, Migration, home, preflight};
+use super::{Asked, Effect, Migration, forwarding, home, preflight};
 use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, HoldSpec, PortProtocol, Reserved};
 use crate::criu::Freezer;
@@ -43,10 +43,14 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         ..HoldSpec::new(reserved.queue(), addresses.clone())
     });
     let freezer = Freezer::of(pid, Path::new("/"))?;
+    let own = migration.request.forward_new;
+    let networks = &migration.preflight.offer.networks;
+    let forwarding = forwarding::after_leaving(config, container, networks, hop, own)?;
     let fence = on_a_network.then(|| Fence {
         container: container.id.clone(),
         addresses: addresses.clone(),
-        ports,
+        // What is carried on is not refused.
+        ports: if own { Vec::new() } else { ports },
     });
     let destination = Effect::Destination {
         peer: migration.request.to.clone(),
@@ -61,6 +65,10 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         freezer: freezer.clone(),
     });
     effects.extend(fence.clone().map(|fence| Effect::Fenced { fence }));
+    effects.push(Effect::Forwarding {
+        container: container.id.clone(),
+        before: forwarding::of(config, &container.id)?,
+    });
     effects.extend([
         Effect::Steered { addresses, hop },
         destination,
@@ -75,6 +83,10 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     if let Some(fence) = &fence {
         fence.prepare().await?;
     }
+    if let Some(forwarding) = &forwarding {
+        forwarding::prepare(config, forwarding).await?;
+    }
+    migration.forwarding = forwarding;
     migration.freezer = Some(freezer);
     migration.fence = fence;
     if let (Some(reserved), Some(spec)) = (reserved, spec) {
@@ -107,7 +119,7 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
 }
 
 /// The ports at which new connections wait; those of other protocols have none.
-fn held_ports(port: &PublishedPort) -> Option<HeldPorts> {
+pub(super) fn held_ports(port: &PublishedPort) -> Option<HeldPorts> {
     let protocol = match port.protocol.as_str() {
         "tcp" => PortProtocol::Tcp,
         "udp" => PortProtocol::Udp,

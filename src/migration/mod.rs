@@ -15,6 +15,7 @@ mod commit;
 mod drain;
 mod effect;
 mod event;
+mod forwarding;
 mod freeze;
 mod hold;
 mod home;
@@ -42,6 +43,11 @@ pub(crate) use check::{at_destination, refuse};
 pub use drain::{Drain, Left, Undrained};
 pub use effect::{Asked, Effect, End};
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
+pub(crate) use forwarding::{
+    admitted, after_arrival, at_home, no_more_from, of as forwarding_of, redirected,
+    set as set_forwarding,
+};
+pub use forwarding::{forwardings, stop_forwarding};
 pub(crate) use home::{ON_ITS_WAY, came_from_here, flows as flows_of, forget, mark_all, welcome};
 pub(crate) use hop::{
     answer_verify, connect as connect_hop, open as open_hop, tunnels, verify as verify_hop,
@@ -59,6 +65,7 @@ pub(crate) use undo::{Hands, leave_idle_hops, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
+use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::{HoldReport, Released};
 use crate::conntrack::{Fence, Flow};
 use crate::criu::{DumpStats, Freezer};
@@ -111,6 +118,7 @@ struct Migration<'a> {
     at_home: Vec<Flow>,
     freezer: Option<Freezer>,
     fence: Option<Fence>,
+    forwarding: Option<Forwarding>,
     frozen: Option<freeze::Frozen>,
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
@@ -159,6 +167,7 @@ impl<'a> Migration<'a> {
             at_home: Vec::new(),
             freezer: None,
             fence: None,
+            forwarding: None,
             frozen: None,
             flows: Vec::new(),
             stream: None,

@@ -12,7 +12,7 @@ use futures::{StreamExt, TryStreamExt};
 use hyper::{HeaderMap, Method};
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use super::{Asked, Cargo, Effect, Event, Migration, hop};
+use super::{Asked, Cargo, Effect, Event, Migration, forwarding, hop};
 use crate::agent::protocol::{IMAGE_PIECE, Nothing, Prepare, Prepared};
 use crate::podman::{Container, Network};
 use crate::{Error, Result};
@@ -59,6 +59,8 @@ async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
     let ask = Prepare {
         offer: migration.preflight.offer.clone(),
         hop: own.proposal,
+        forward: migration.request.forward_new
+            || forwarding::comes_from_others(config, &migration.preflight.container, own.hop)?,
     };
     let path = format!("/v1/migrations/{}", migration.id);
     let prepared: Prepared = migration

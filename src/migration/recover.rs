@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::commit;
 use super::effect::{Asked, Effect};
 use super::event::Observer;
+use super::forwarding;
 use super::journal::{Journal, JournalError, left_behind};
 use super::lock::Lock;
 use super::preflight::{must_be_root, podman};
@@ -123,6 +124,10 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
             } => note(
                 "telling the destination",
                 hands.hand_over(peer, migration).await,
+            ),
+            Effect::Forwarding { container, .. } => note(
+                "the way of new connections",
+                forwarding::complete(&hands.config, container).await,
             ),
             // What is still there must stay quiet.
             Effect::Fenced { fence } if gone => {

@@ -37,6 +37,9 @@ pub struct Request {
     pub keep_chain: bool,
     /// What happens when no more packets can wait.
     pub when_full: WhenFull,
+    /// Whether new connections to the container's published ports at the source go on to it, through
+    /// the tunnel, until [`stop_forwarding`](super::stop_forwarding). Otherwise they are refused.
+    pub forward_new: bool,
     /// Undo everything at the end of this phase, to see how the move would go.
     ///
     /// [`Phase::Restore`] is the last that can be: afterwards peers have heard the copy at the
@@ -55,6 +58,7 @@ impl Request {
             to: to.into(),
             config: Config::default(),
             keep_volumes: false,
+            forward_new: false,
             keep_chain: false,
             when_full: WhenFull::default(),
             rehearse: None,
@@ -71,6 +75,13 @@ impl Request {
     /// Leaving named volumes behind as well, or not.
     pub fn keep_volumes(mut self, keep: bool) -> Request {
         self.keep_volumes = keep;
+        self
+    }
+
+    /// Whether new connections to the source go on to the container.
+    #[must_use]
+    pub fn forward_new(mut self, forward: bool) -> Request {
+        self.forward_new = forward;
         self
     }
 

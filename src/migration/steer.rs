@@ -72,6 +72,10 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
         let refused = fence.refuse();
         migration.note("refusing new connections", refused.map_err(Into::into));
     }
+    if let Some(forwarding) = &migration.forwarding {
+        let switched = forwarding.switch();
+        migration.note("carrying new connections", switched.map_err(Into::into));
+    }
     if migration.comes_home {
         let released = home::release_there(migration).await;
         migration.note("letting packets go at the destination", released);

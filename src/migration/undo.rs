@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::effect::{Asked, Effect, End};
 use super::event::{Event, Observer};
+use super::forwarding;
 use super::home::{flows, forget, mark_all, send_away};
 use super::hop::tunnels;
 use super::journal::{Journal, left_behind};
@@ -175,6 +176,9 @@ impl Hands {
                 Ok(released?)
             }
             Effect::Fenced { fence } => Ok(fence.remove().await?),
+            Effect::Forwarding { container, before } => {
+                Ok(forwarding::restore(&self.config, container, before.as_ref()).await?)
+            }
             Effect::Closed { gate } => Ok(gate.open().await?),
             Effect::Frozen { freezer } => {
                 let freezer = freezer.clone();

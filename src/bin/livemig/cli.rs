@@ -207,6 +207,13 @@ pub enum Command {
               value_parser = clap::value_parser!(u64).range(1..1 << 20))]
         hold_mib: u64,
 
+        /// Carry new connections to the container's ports on this host to it, through the tunnel
+        ///
+        /// Until `livemig flows --stop-forwarding`. Without this they are refused, as by a port that
+        /// nobody listens on, and another container can have the port.
+        #[arg(long)]
+        forward_new: bool,
+
         /// Go as far as the end of this phase, then undo everything
         ///
         /// The container stays here and its connections stay open: a way to see how long the move
@@ -241,6 +248,12 @@ pub enum Command {
         /// Show them again and again, every so often, as in 1s; with --json, a list a line
         #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "1s", value_parser = duration)]
         watch: Option<Duration>,
+
+        /// Carry no more new connections to where this container went (or to where any did)
+        ///
+        /// Ends what `livemig migrate --forward-new` began. Connections that are open go on.
+        #[arg(long, conflicts_with = "watch")]
+        stop_forwarding: bool,
     },
 
     /// Finish or undo what an interrupted migration left on this host

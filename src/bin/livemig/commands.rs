@@ -37,6 +37,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Migrate {
             what,
             keep_volumes,
+            forward_new,
             keep_chain,
             when_full,
             hold_packets,
@@ -51,6 +52,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             };
             let request = request(config, what)
                 .keep_volumes(keep_volumes)
+                .forward_new(forward_new)
                 .keep_chain(keep_chain)
                 .when_full(when_full.into())
                 .rehearse(rehearse);
@@ -59,9 +61,14 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Check(what) => check(&request(config, what), json).await,
         Command::Plan(what) => plan(&request(config, what), json).await,
         Command::Ps => ps(&config, json).await,
-        Command::Flows { container, watch } => {
-            flows(&config, container.as_deref(), watch, json).await
-        }
+        Command::Flows {
+            container,
+            stop_forwarding: true,
+            ..
+        } => stop_forwarding(&config, container.as_deref(), json).await,
+        Command::Flows {
+            container, watch, ..
+        } => flows(&config, container.as_deref(), watch, json).await,
         Command::Recover => recover(&config, json).await,
         Command::Completions { shell } => {
             clap_complete::generate(
@@ -429,6 +436,27 @@ async fn ps(config: &Config, json: bool) -> Result<ExitCode, Error> {
         ]);
     }
     print!("{table}");
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn stop_forwarding(
+    config: &Config,
+    container: Option<&str>,
+    json: bool,
+) -> Result<ExitCode, Error> {
+    let (stopped, untold) = migration::stop_forwarding(config, container).await?;
+    for error in untold {
+        eprintln!("livemig: the next host does not know yet: {}", error.full());
+    }
+    if json {
+        return Ok(print_json(&stopped));
+    }
+    for name in &stopped {
+        println!("no more new connections are carried to `{name}`");
+    }
+    if stopped.is_empty() {
+        println!("no new connections are carried to another host");
+    }
     Ok(ExitCode::SUCCESS)
 }
 
