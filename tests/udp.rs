@@ -171,7 +171,7 @@ async fn datagrams_that_the_container_does_not_read_are_reported() {
         "1",
     ]);
     let queued = "for n in $(seq 100); do
-            grep -q ':1B58 .* 00000000:0000[1-9A-F]' \
+            grep -q ':1B58 .* 07 00000000:0*[1-9A-F]' \
                 /proc/$(podman inspect -f '{{.State.Pid}}' web)/net/udp* && exit 0
             sleep 0.1
         done
