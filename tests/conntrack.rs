@@ -654,6 +654,16 @@ fn a_binding_survives_everything_that_podman_does_when_the_container_is_removed(
 /// address of the other host too.
 #[test]
 fn a_program_on_the_anchor_goes_on_though_its_address_is_the_other_hosts_too() {
+    goes_on_from_the_anchor("10.88.0.5", "10.88.0.1", "127.0.0.1", "peers");
+}
+
+#[test]
+fn a_program_on_the_anchor_goes_on_over_ipv6() {
+    goes_on_from_the_anchor("fd00:88::5", "fd00:88::1", "2001:db8::1", "peers_ip6");
+}
+
+fn goes_on_from_the_anchor(container: &str, gateway: &str, own: &str, map: &str) {
+    let at = |ip: &str, port: u16| SocketAddr::new(address(ip), port).to_string();
     let net = Net::new();
     net.rules(
         "host",
@@ -662,7 +672,7 @@ fn a_program_on_the_anchor_goes_on_though_its_address_is_the_other_hosts_too() {
              type nat hook output priority -100;
              fib daddr type local meta nfproto ipv4 tcp dport 8080 dnat ip to 10.88.0.5:80
              fib daddr type local meta nfproto ipv4 udp dport 8080 dnat ip to 10.88.0.5:80
-             fib daddr type local meta nfproto ipv6 tcp dport 8080 dnat ip6 to [fd00:88::5]:80
+             fib daddr type local meta nfproto ipv6 udp dport 8080 dnat ip6 to [fd00:88::5]:80
            }
            chain leaving {
              type nat hook postrouting priority srcnat;
@@ -692,26 +702,22 @@ fn a_program_on_the_anchor_goes_on_though_its_address_is_the_other_hosts_too() {
     within(&net.host, async || steer::install(hop(3)).await.unwrap());
     within(&net.other, async || steer::install(hop(1)).await.unwrap());
 
-    let servers = [
-        udp(&net.container, "10.88.0.5:80"),
-        udp(&net.container, "[fd00:88::5]:80"),
-    ];
-    let client = udp(&net.host, "127.0.0.1:5000");
-    client.connect("127.0.0.1:8080").unwrap();
+    let server = udp(&net.container, &at(container, 80));
+    let client = udp(&net.host, &at(own, 5000));
+    client.connect(at(own, 8080)).unwrap();
     let mut buffer = [0; 64];
     client.send(b"one").unwrap();
-    let (_, peer) = servers[0].recv_from(&mut buffer).unwrap();
-    assert_eq!(peer.ip(), address("10.88.0.1"));
-    servers[0].send_to(b"two", peer).unwrap();
+    let (_, peer) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(peer.ip(), address(gateway));
+    server.send_to(b"two", peer).unwrap();
     client.recv(&mut buffer).unwrap();
-    // By TCP, in both families, to a listener at each place: the copy takes the connection over.
-    let copies = [udp(&net.copy, "10.88.0.5:80")];
+    let copy = udp(&net.copy, &at(container, 80));
     let flows = within(&net.host, async || {
         let here = Table::open(&net.host).unwrap();
         let there = Table::open(&net.other).unwrap();
         let mut flows = Vec::new();
-        for entry in here.dump_container(address("10.88.0.5")).await.unwrap() {
-            let flow = entry.flow_of(address("10.88.0.5")).unwrap();
+        for entry in here.dump_container(address(container)).await.unwrap() {
+            let flow = entry.flow_of(address(container)).unwrap();
             flow.keepable(&subnets).unwrap();
             assert!(flow.is_tied_to_interface(), "{flow:?}");
             there.insert(&flow.at_destination(hop(1))).await.unwrap();
@@ -732,7 +738,7 @@ fn a_program_on_the_anchor_goes_on_though_its_address_is_the_other_hosts_too() {
         flows
     });
     assert_eq!(flows.len(), 1);
-    drop(servers);
+    drop(server);
     for bridge in [true, false] {
         if !bridge {
             // Also when Podman has removed the bridge with the last container.
@@ -742,28 +748,28 @@ fn a_program_on_the_anchor_goes_on_though_its_address_is_the_other_hosts_too() {
         }
         for round in 0..10u8 {
             client.send(&[round]).unwrap();
-            let (length, from) = copies[0].recv_from(&mut buffer).unwrap();
+            let (length, from) = copy.recv_from(&mut buffer).unwrap();
             assert_eq!((&buffer[..length], from), (&[round][..], peer));
-            copies[0].send_to(&[round, round], from).unwrap();
+            copy.send_to(&[round, round], from).unwrap();
             assert_eq!(client.recv(&mut buffer).unwrap(), 2);
         }
     }
     // An ICMP error finds its way as well.
-    drop(copies);
+    drop(copy);
     client.send(b"nobody there").unwrap();
     let error = client.recv(&mut buffer).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
 
     within(&net.host, async || {
         let here = Table::open(&net.host).unwrap();
-        let peers = || net.at("host", "nft list map inet livemig peers");
+        let peers = || net.at("host", &format!("nft list map inet livemig {map}"));
         alias::forget_unused(&here.dump(Family::Both).await.unwrap()).unwrap();
-        assert!(peers().contains("250.88.0.1"));
+        assert!(peers().contains("elements"));
         for flow in &flows {
             here.delete(&flow.entry.original).await.unwrap();
         }
         alias::forget_unused(&here.dump(Family::Both).await.unwrap()).unwrap();
-        assert!(!peers().contains("250.88.0.1"));
+        assert!(!peers().contains("elements"));
     });
 }
 

@@ -138,6 +138,7 @@ async fn every_kind_of_port_and_what_the_container_opened_goes_on() {
         c1.spawn_command(&["workload", "echo", "7100"]),
         c1.spawn_command(&["workload", "udp-echo", "7101"]),
     ];
+    let ends = c1.spawn_command(&["workload", "udp-echo", "7102"]);
     let client = c1.ip();
     let tcp = ["dial", &client, "7100", "--control", "7001"];
     let ports = [
@@ -151,6 +152,9 @@ async fn every_kind_of_port_and_what_the_container_opened_goes_on() {
     h1.run_workload("web", &ports, &tcp).await;
     let query = ["client-udp", &client, "7101", "--rate", "200"];
     let asking = ClientContainer::start(h1, "asking", &[], &query).await;
+
+    let query = ["client-udp", &client, "7102", "--rate", "200"];
+    let erring = ClientContainer::start(h1, "erring", &[], &query).await;
 
     // The control port by the range, and by the one address.
     let by_range = c1.spawn(&["client-echo", &ip, "9001"]).await;
@@ -184,6 +188,8 @@ async fn every_kind_of_port_and_what_the_container_opened_goes_on() {
     pair.assert_moved("web", 1, 2, &report).await;
     let moved = pair.migrate("asking", 1, 2).await;
     pair.assert_moved("asking", 1, 2, &moved).await;
+    let moved = pair.migrate("erring", 1, 2).await;
+    pair.assert_moved("erring", 1, 2, &moved).await;
 
     assert_went_on(&by_range.stop().await, 1);
     assert_went_on(&by_address.stop().await, 1);
@@ -199,6 +205,14 @@ async fn every_kind_of_port_and_what_the_container_opened_goes_on() {
         ..asking
     };
     assert_nothing_lost(&asking.stop().await);
+    // What it sends to a port that nobody has any more comes back as an ICMP error.
+    ends.kill().await;
+    let erring = ClientContainer {
+        host: h2.clone(),
+        ..erring
+    };
+    let erred = erring.stop().await;
+    assert!(erred["refused"].as_u64() > Some(0), "{erred}");
     drop(servers);
     pair.down().await;
 }

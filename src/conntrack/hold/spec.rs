@@ -158,7 +158,7 @@ impl HoldSpec {
         let known = goto(&self.queue_chain());
         let released = json!({ "return": null });
         for (chain, verdict) in [(&new, &newcomer), (&established, &released)] {
-            for mut statements in published::matches(&self.ports, PortProtocol::Tcp) {
+            for mut statements in self.newcomers(PortProtocol::Tcp) {
                 statements.insert(
                     0,
                     equal(
@@ -193,7 +193,7 @@ impl HoldSpec {
                 commands.push(rule(&established, &statements));
             }
         }
-        for mut statements in published::matches(&self.ports, PortProtocol::Udp) {
+        for mut statements in self.newcomers(PortProtocol::Udp) {
             statements.insert(
                 0,
                 json!({ "match": {
@@ -235,6 +235,23 @@ impl HoldSpec {
                 commands.push(rule(&established, &statements));
             }
         }
+    }
+
+    /// What matches packets by which connections with the container can begin: those to published
+    /// ports, and those that another host carries after it ([`forward`](crate::conntrack::forward)).
+    fn newcomers(&self, protocol: PortProtocol) -> Vec<Vec<Value>> {
+        let mut matches = published::matches(&self.ports, protocol);
+        matches.extend(self.addresses.iter().map(|address| {
+            vec![
+                equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),
+                equal(payload(ip(address), "daddr"), address),
+                equal(
+                    json!({ "meta": { "key": "l4proto" } }),
+                    published::name(protocol),
+                ),
+            ]
+        }));
+        matches
     }
 
     /// What matches packets to published ports whose connections are made over again while they are
