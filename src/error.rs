@@ -140,6 +140,14 @@ pub enum Error {
     /// There is no tunnel to a host that speaks of connections through one.
     #[error("there is no hop to {0}")]
     NoHop(String),
+    /// A host cannot be forgotten: what it runs for this one is not settled.
+    #[error("migrations to {host} have not ended ({})", migrations.join(", "))]
+    RevokeUnsettled {
+        /// The host.
+        host: agent::PeerName,
+        /// The numbers of the migrations.
+        migrations: Vec<String>,
+    },
     /// New connections of this container are not carried anywhere.
     #[error("no new connections of `{0}` are carried to another host")]
     NotForwarded(String),
@@ -227,6 +235,7 @@ impl Error {
             | Error::NotIntroduced { .. }
             | Error::MayNotReceive(_)
             | Error::NoHop(_)
+            | Error::RevokeUnsettled { .. }
             | Error::NotForwarded(_)
             | Error::TooManyPaths { .. }
             | Error::Busy { .. } => Class::Refused,
@@ -262,6 +271,7 @@ impl Error {
             Error::NotIntroduced { .. } => "not-introduced",
             Error::MayNotReceive(_) => "may-not-receive",
             Error::NoHop(_) => "no-hop",
+            Error::RevokeUnsettled { .. } => "revoke-unsettled",
             Error::NotForwarded(_) => "not-forwarded",
             Error::TooManyPaths { .. } => "too-many-paths",
             Error::Busy { .. } => "busy",
@@ -305,6 +315,10 @@ impl Error {
             Error::NotIntroduced { host, introducer } => Some(format!(
                 "allow it (livemig allow {introducer} send receive introduce), or make {host} known \
                  (livemig invite, livemig join)"
+            )),
+            Error::RevokeUnsettled { host, .. } => Some(format!(
+                "wait for them, or run `livemig recover`; with --now {host} is forgotten at once, and a \
+                 container whose whereabouts only {host} knows stays frozen here"
             )),
             Error::NoPodman(_) => Some("start it: systemctl enable --now podman.socket".to_owned()),
             Error::Refused { findings, .. } => {

@@ -21,7 +21,7 @@ use super::protocol::{
     Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
     Status, Undone,
 };
-use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
+use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
 use crate::bundle::{self, Compression};
 use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
@@ -40,6 +40,9 @@ const CONTAINER: u64 = 16 << 40;
 const FORSAKEN: Duration = Duration::from_secs(120);
 /// How often the forsaken are looked for.
 const LOOK_ROUND: Duration = Duration::from_secs(10);
+
+/// How often, while migrations are coming, their sources are looked for among the known hosts.
+const TRUST_ROUND: Duration = Duration::from_millis(500);
 
 /// All migrations that are coming to this host.
 #[derive(Debug)]
@@ -185,10 +188,15 @@ impl Sessions {
     /// anything runs here, and removes the hops that no connection uses any more.
     pub async fn look_after(self: Arc<Self>) {
         let mut round = tokio::time::interval(LOOK_ROUND);
+        let mut trust = tokio::time::interval(TRUST_ROUND);
         let mut endings = Endings::default();
         loop {
             tokio::select! {
                 _ = round.tick() => {}
+                _ = trust.tick() => {
+                    self.undo_of_strangers().await;
+                    continue;
+                }
                 () = endings.next() => {}
             }
             match migration::leave_idle_hops(&self.config).await {
@@ -198,12 +206,7 @@ impl Sessions {
                 }
             }
             self.paths.look_after().await;
-            let open: Vec<(MigrationId, Shared)> = self
-                .sessions()
-                .iter()
-                .map(|(id, session)| (id.clone(), session.clone()))
-                .collect();
-            for (id, session) in open {
+            for (id, session) in self.open() {
                 // One that is at work is not forsaken.
                 let Ok(mut session) = session.state.try_lock() else {
                     continue;
@@ -216,6 +219,46 @@ impl Sessions {
                 }
             }
         }
+    }
+
+    /// Undoes what hosts have prepared that are not known any more. What runs stays: its source has
+    /// let go of it, or may have.
+    async fn undo_of_strangers(&self) {
+        let open = self.open();
+        if open.is_empty() {
+            return;
+        }
+        let known = Peers::open(&self.config.state_dir, &Limits::default()).and_then(|p| p.list());
+        let known = match known {
+            Ok(known) => known,
+            Err(error) => {
+                tracing::warn!(%error, "it cannot be seen whether sources are still trusted");
+                return;
+            }
+        };
+        for (id, session) in open {
+            if known.iter().any(|peer| peer.fingerprint == session.peer) {
+                continue;
+            }
+            // A request that is being worked on ends first.
+            let Ok(mut session) = session.state.try_lock() else {
+                continue;
+            };
+            if session.stage == Stage::Prepared {
+                tracing::warn!(migration = %id, "its source is trusted no more: undoing it");
+                if let Err(error) = self.undo(&id, &mut session).await {
+                    tracing::error!(migration = %id, %error, "it could not be undone");
+                }
+            }
+        }
+    }
+
+    /// The migrations that are coming at this moment.
+    fn open(&self) -> Vec<(MigrationId, Shared)> {
+        let sessions = self.sessions();
+        let open = sessions.iter();
+        open.map(|(id, session)| (id.clone(), session.clone()))
+            .collect()
     }
 
     fn sessions(&self) -> MutexGuard<'_, HashMap<MigrationId, Shared>> {

@@ -356,6 +356,14 @@ pub async fn stop_forwarding(
     }
 }
 
+/// Carries nothing into this hop any more, and takes nothing that comes out of it.
+pub(super) async fn without(config: &Config, forwarding: &Forwarding, hop: HopId) -> Result<()> {
+    let mut after = forwarding.clone();
+    after.from.remove(&hop);
+    after.to = after.to.filter(|to| to.hop != hop);
+    set(config, &after).await
+}
+
 /// The host before this one carries no more new connections of a container.
 pub(crate) async fn no_more_from(
     config: &Config,

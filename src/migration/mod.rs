@@ -31,6 +31,7 @@ mod recover;
 mod report;
 mod request;
 mod restore;
+mod revoke;
 mod steer;
 mod transfer;
 mod undo;
@@ -61,6 +62,7 @@ pub(crate) use prepare::mtu;
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
 pub use request::{Request, WhenFull};
+pub use revoke::{Hopless, Revoked, revoke};
 pub(crate) use undo::{Hands, leave_idle_hops, unwind};
 
 use crate::agent::protocol::MigrationId;

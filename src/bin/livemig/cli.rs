@@ -172,6 +172,21 @@ pub enum Command {
         may: Vec<Permission>,
     },
 
+    /// Trust another host no more
+    ///
+    /// Its key is forgotten first: whatever it asks from then on is refused. What it had only prepared
+    /// here is undone, new connections are not carried to it or from it any more, and the tunnel to it
+    /// is taken down, unless connections go through it: then they are listed, and the tunnel goes when
+    /// they have ended. The other host is not told; run this there as well.
+    Revoke {
+        /// Its name here: one from `livemig hosts`; or its fingerprint
+        host: String,
+
+        /// Cut off the connections that go through the tunnel to it, and take that down at once
+        #[arg(long)]
+        now: bool,
+    },
+
     /// Move a running container to another host
     #[command(after_long_help = MIGRATE_JSON)]
     Migrate {

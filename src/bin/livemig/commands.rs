@@ -10,7 +10,7 @@ use livemig::agent::{
     Server, Sessions, Token, Trust,
 };
 use livemig::conntrack::{Counting, Direction};
-use livemig::migration::{self, Event, Observer};
+use livemig::migration::{self, Event, Hopless, Observer};
 use livemig::{Config, Error, Request};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +34,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         } => join(&config, &token, name, address, json).await,
         Command::Hosts => hosts(&config, json),
         Command::Allow { host, may } => allow(&config, &host, may, json),
+        Command::Revoke { host, now } => revoke(&config, &host, now, json).await,
         Command::Migrate {
             what,
             keep_volumes,
@@ -296,6 +297,60 @@ fn allow(config: &Config, host: &str, may: Vec<Permission>, json: bool) -> Resul
         println!("{} may {}", peer.name, may.join(", "));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn revoke(config: &Config, host: &str, now: bool, json: bool) -> Result<ExitCode, Error> {
+    let revoked = migration::revoke(config, host, now).await?;
+    let done = if revoked.leftovers.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        exit::leftovers()
+    };
+    if json {
+        print_json(&revoked);
+        return Ok(done);
+    }
+    let name = match &revoked.name {
+        Some(name) => {
+            println!("{name} is not known here any more: whatever it asks is refused");
+            name.to_string()
+        }
+        None => "that host".to_owned(),
+    };
+    for container in &revoked.forwardings {
+        println!("no more new connections of `{container}` are carried to or from {name}");
+    }
+    match revoked.hop {
+        Hopless::None => {}
+        Hopless::Down => {
+            println!("the tunnel to {name} is down");
+            for flow in &revoked.flows {
+                println!("  cut off: {flow}");
+            }
+        }
+        Hopless::Kept => {
+            println!("the tunnel to {name} stays until what uses it has ended:");
+            for flow in &revoked.flows {
+                println!("  {flow}");
+            }
+            for migration in &revoked.migrations {
+                println!("  migration {migration}");
+            }
+            println!(
+                "  → to end them now: livemig revoke {} --now",
+                revoked.fingerprint
+            );
+        }
+    }
+    for introducer in &revoked.introducers {
+        println!(
+            "{introducer} may introduce hosts, {name} again too, for paths only: see `livemig allow --help`"
+        );
+    }
+    for leftover in &revoked.leftovers {
+        println!("still there: {leftover}");
+    }
+    Ok(done)
 }
 
 async fn migrate(
