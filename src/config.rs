@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::migration::Policy;
 use crate::{conntrack, tunnel};
 
 /// Paths and bounds of livemig on this host.
@@ -27,6 +28,8 @@ pub struct Config {
     /// How many bytes of packets may wait, headers included; the kernel needs about 1 KiB more for
     /// each.
     pub hold_bytes: u64,
+    /// What containers may have that come here from other hosts.
+    pub arrivals: Policy,
     /// How long the container's sockets may take to run empty before it is frozen. What is not read
     /// by then is lost, and in the report.
     pub drain_timeout: Duration,
@@ -79,6 +82,7 @@ impl Default for Config {
             tunnel_port: tunnel::Settings::FIRST_PORT,
             hold_packets: conntrack::hold::DEFAULT_PACKETS,
             hold_bytes: conntrack::hold::DEFAULT_BYTES,
+            arrivals: Policy::default(),
             drain_timeout: Duration::from_millis(100),
             restore_timeout: Duration::from_secs(300),
             freeze_timeout: Duration::from_secs(10),

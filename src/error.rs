@@ -296,6 +296,7 @@ impl Error {
                 source: agent::Error::Refused { code, .. },
                 ..
             } => code,
+            Error::Bundle(bundle::Error::Forbidden { .. }) => "not-as-offered",
             Error::Dump { .. } => "dump",
             Error::Restore { .. } => "restore",
             _ => "failed",

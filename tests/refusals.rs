@@ -582,6 +582,72 @@ async fn containers_that_cannot_be_taken_apart_from_their_host() {
 }
 
 #[tokio::test]
+async fn what_could_do_more_at_the_destination_than_others() {
+    let pair = Pair::up().await;
+    for (name, options, code, says, hint) in [
+        (
+            "mighty",
+            &["--privileged"][..],
+            "privileged-not-allowed",
+            "privileged",
+            "livemig agent --allow privileged",
+        ),
+        (
+            "able",
+            &["--cap-add", "NET_ADMIN"],
+            "capabilities-not-allowed",
+            "CAP_NET_ADMIN",
+            "livemig agent --allow capabilities",
+        ),
+        (
+            "equipped",
+            &["--device", "/dev/null"],
+            "devices-not-allowed",
+            "/dev/null",
+            "livemig agent --allow devices",
+        ),
+        (
+            "named",
+            &["--uts", "host"],
+            "namespace-not-allowed",
+            "host name namespace",
+            "livemig agent --allow host-namespaces",
+        ),
+        (
+            "curious",
+            &["-v", "/etc:/mnt:ro"],
+            "bind-not-allowed",
+            "/etc, mounted on /mnt",
+            "livemig agent --allow-bind /etc",
+        ),
+        (
+            // There is something of that name on both hosts, and it is below what is allowed.
+            "devious",
+            &["-v", "/srv/way-out:/mnt"],
+            "bind-not-allowed",
+            "/srv/way-out",
+            "livemig agent --allow-bind",
+        ),
+    ] {
+        for host in [pair.host(1), pair.host(2)] {
+            host.sh("ln -sfn /etc /srv/way-out").await;
+        }
+        idle(pair.host(1), name, options).await;
+        let expected = Expected {
+            exit: REFUSED,
+            code,
+            says: &[says],
+            hint,
+        };
+        assert_refused(&pair, name, "h2", expected).await;
+        pair.host(1)
+            .exec(&["podman", "rm", "-f", "-t", "0", name])
+            .await;
+    }
+    pair.down().await;
+}
+
+#[tokio::test]
 async fn another_runtime_at_the_destination() {
     let pair = Pair::of(Lab::builder(2).host_runtime(2, "crun")).await;
     let client = busy(&pair).await;

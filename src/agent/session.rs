@@ -22,6 +22,7 @@ use super::protocol::{
     Status, Undone,
 };
 use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
+use crate::bundle::vetted::{Documents, vetted};
 use crate::bundle::{self, Compression};
 use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
@@ -29,7 +30,7 @@ use crate::conntrack::{self, Flow, Gate, Protocol, Table};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
-    self, Client, Container, ContainerId, FailureLog, RestoreOptions, failure_log,
+    self, Client, Container, ContainerId, FailureLog, HostInfo, RestoreOptions, failure_log,
 };
 use crate::tunnel::{self, HopId};
 use crate::{Class, Config, Error};
@@ -65,6 +66,8 @@ struct Shared {
 struct Session {
     stage: Stage,
     offer: Offer,
+    /// This host, as it was when the offer was assessed.
+    host: Option<HostInfo>,
     hop: Option<HopId>,
     journal: Journal,
     heard_of: Instant,
@@ -361,7 +364,7 @@ impl Sessions {
 
     /// What stands in the way of a container, as seen from here. Changes nothing.
     async fn assess(&self, offer: &Offer) -> Result<Assessment, Error> {
-        migration::at_destination(&self.podman, offer).await
+        migration::at_destination(&self.podman, offer, &self.config.arrivals).await
     }
 
     /// Brings up the hop and makes the networks that are missing.
@@ -382,6 +385,7 @@ impl Sessions {
         let state = Arc::new(tokio::sync::Mutex::new(Session {
             stage: Stage::Prepared,
             offer,
+            host: None,
             hop: None,
             journal,
             heard_of: Instant::now(),
@@ -423,6 +427,7 @@ impl Sessions {
         let assessment = self.assess(&session.offer).await?;
         let name = &session.offer.container.name;
         migration::refuse(name, "this host", &assessment.findings)?;
+        session.host = Some(assessment.host);
         for name in &assessment.networks_to_make {
             if let Some(network) = session
                 .offer
@@ -648,6 +653,18 @@ impl Sessions {
         };
         let ended = Arc::new(Mutex::new(Instant::now()));
         let end = ended.clone();
+        // Asked for then: now it would cost time in which the container is nowhere.
+        let host = session.host.clone().ok_or(Error::OutOfOrder("host"))?;
+        let agreement = (container.clone(), self.config.arrivals.clone(), host);
+        let (archive, verdict) = vetted(archive, move |documents: &Documents| {
+            let (container, policy, host) = &agreement;
+            let agreed = migration::Agreed {
+                container,
+                policy,
+                host,
+            };
+            agreed.judge(documents)
+        });
         let archive = archive.inspect(move |_| {
             *end.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         });
@@ -655,6 +672,10 @@ impl Sessions {
         let (restored, intake) =
             futures::join!(self.podman.restore(archive, &options), start(intake));
         session.intake = intake?;
+        if let (Err(_), Some(what)) = (&restored, verdict.reason()) {
+            // Podman has not had all of it, and so has made nothing of it.
+            return Err(bundle::Error::Forbidden { what }.into());
+        }
         if let Err(error) = restored {
             session.unsure = !matches!(error, podman::Error::Refused { .. });
             let host = self.podman.host().await?;

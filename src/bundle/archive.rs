@@ -342,6 +342,14 @@ pub(super) struct Walker {
     /// Name and size that extended headers gave the next entry.
     long_name: Option<Vec<u8>>,
     long_size: Option<u64>,
+    /// Whether it takes only what all readers take alike.
+    strict: bool,
+    /// Whether the last header was an extended one.
+    extended: bool,
+    /// The block that ends an archive has gone by.
+    ended: bool,
+    /// Why it stopped looking before that.
+    fault: Option<&'static str>,
 }
 
 #[derive(Debug)]
@@ -369,11 +377,33 @@ impl Default for Walker {
             state: State::Header(Vec::new()),
             long_name: None,
             long_size: None,
+            strict: false,
+            extended: false,
+            ended: false,
+            fault: None,
         }
     }
 }
 
 impl Walker {
+    /// One that takes only headers of which no two readers make different things.
+    pub fn strict() -> Walker {
+        Walker {
+            strict: true,
+            ..Walker::default()
+        }
+    }
+
+    /// Whether the archive has come to its end.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Why it stopped looking before the end, if it did.
+    pub fn fault(&self) -> Option<&'static str> {
+        self.fault
+    }
+
     /// Looks at the next piece, telling of entries and content in order.
     pub fn feed<'a>(&mut self, mut piece: &'a [u8], mut tell: impl FnMut(Step<'a>)) {
         while !piece.is_empty() {
@@ -422,6 +452,11 @@ impl Walker {
     fn header<'a>(&mut self, block: &[u8; BLOCK], tell: &mut impl FnMut(Step<'a>)) {
         self.state = State::Done;
         let sum = octal(&block[OFFSET_SUM..OFFSET_SUM + 8]);
+        if block.iter().all(|byte| *byte == 0) {
+            self.ended = true;
+            return;
+        }
+        self.fault = Some("a header is damaged");
         if sum != Some(checksum(block)) {
             return;
         }
@@ -429,6 +464,16 @@ impl Walker {
             return;
         };
         let flag = block[OFFSET_TYPE];
+        // Readers differ in what a long name of GNU's applies to, whether a global header counts,
+        // and which of two extended headers; and in whether there is a prefix before a name.
+        let ambiguous = matches!(flag, b'L' | b'K' | b'g')
+            || (flag == b'x' && self.extended)
+            || (&block[257..263] != b"ustar\0" && block[345] != 0);
+        if self.strict && ambiguous {
+            self.fault = Some("a header is ambiguous");
+            return;
+        }
+        self.extended = flag == b'x';
         match flag {
             b'x' | b'L' => {
                 let Ok(size) = usize::try_from(size) else {
@@ -437,6 +482,7 @@ impl Walker {
                 if size > MAX_EXTENDED {
                     return;
                 }
+                self.fault = None;
                 let padding = padding(size as u64);
                 self.state = State::Extended {
                     flag,
@@ -448,8 +494,12 @@ impl Walker {
                     self.state = State::Header(Vec::new());
                 }
             }
-            b'g' | b'K' => self.state = after(size.saturating_add(padding(size) as u64)),
+            b'g' | b'K' => {
+                self.fault = None;
+                self.state = after(size.saturating_add(padding(size) as u64));
+            }
             _ => {
+                self.fault = None;
                 let size = self.long_size.take().unwrap_or(size);
                 // Links, devices, directories and pipes have no content, whatever they say.
                 let size = if (b'1'..=b'6').contains(&flag) {
@@ -478,9 +528,15 @@ impl Walker {
         }
         let Some(records) = records(content) else {
             self.state = State::Done;
+            self.fault = Some("an extended header is damaged");
             return;
         };
         for (key, value) in records {
+            if self.strict && key.starts_with(b"GNU.sparse.") {
+                self.state = State::Done;
+                self.fault = Some("an entry is sparse");
+                return;
+            }
             match key {
                 b"path" | b"GNU.sparse.name" => self.long_name = Some(value.to_vec()),
                 b"size" => {

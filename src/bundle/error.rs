@@ -59,6 +59,12 @@ pub enum Error {
         /// The entry's name.
         name: String,
     },
+    /// An archive is not what this host has agreed to.
+    #[error("the container's archive is refused: {what}")]
+    Forbidden {
+        /// What is wrong with it.
+        what: String,
+    },
     /// The stream that was being passed on failed.
     #[error("the image stream broke off")]
     Upstream(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -97,6 +103,11 @@ impl Error {
             Error::NotOverlay { .. } => Some(
                 "livemig carries changed files for Podman's overlay storage driver only: see \
                  `podman info --format '{{.Store.GraphDriverName}}'`"
+                    .into(),
+            ),
+            Error::Forbidden { .. } => Some(
+                "it is not the container that was offered: look at what the source runs, and revoke it \
+                 (livemig revoke HOST) unless that can be explained"
                     .into(),
             ),
             Error::TooManyEntries { .. } => {

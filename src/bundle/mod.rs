@@ -14,6 +14,7 @@ mod error;
 mod header;
 pub mod splice;
 pub mod transfer;
+pub mod vetted;
 
 pub use delta::{Delta, DeltaFile, Layers, Skipped, Summary};
 pub use error::Error;

@@ -122,6 +122,20 @@ codes! {
     BindSourceMissing = "bind-source-missing",
     /// A secret is not there at the destination.
     SecretMissing = "secret-missing",
+    /// The destination takes no privileged containers.
+    PrivilegedNotAllowed = "privileged-not-allowed",
+    /// The destination gives arriving containers no more capabilities than Podman does.
+    CapabilitiesNotAllowed = "capabilities-not-allowed",
+    /// The destination gives arriving containers no devices.
+    DevicesNotAllowed = "devices-not-allowed",
+    /// The destination does not let arriving containers have this mounted.
+    BindNotAllowed = "bind-not-allowed",
+    /// The destination gives arriving containers no secrets.
+    SecretNotAllowed = "secret-not-allowed",
+    /// The destination wants arriving containers confined.
+    UnconfinedNotAllowed = "unconfined-not-allowed",
+    /// The destination shares no namespaces with arriving containers.
+    NamespaceNotAllowed = "namespace-not-allowed",
 }
 
 impl fmt::Display for Code {

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use ipnetwork::IpNetwork;
 
+use super::arrival::{Policy, forbidden};
 use crate::agent::protocol::{Assessment, Offer};
 use crate::conntrack::{CannotKeep, Flow};
 use crate::criu::{self, Code, Features, Finding, Freezer, Side, processes};
@@ -369,7 +370,11 @@ pub(super) fn subnets(networks: &[Network]) -> Vec<Subnet> {
 }
 
 /// What the destination sees of a container that would like to come. Changes nothing.
-pub(crate) async fn at_destination(podman: &Client, offer: &Offer) -> Result<Assessment> {
+pub(crate) async fn at_destination(
+    podman: &Client,
+    offer: &Offer,
+    policy: &Policy,
+) -> Result<Assessment> {
     let container = &offer.container;
     let (host, features) = futures::join!(podman.host(), Features::of_this_host());
     let host = host?;
@@ -393,6 +398,7 @@ pub(crate) async fn at_destination(podman: &Client, offer: &Offer) -> Result<Ass
     ports(podman, container, &mut findings).await?;
     mounts(podman, container, &mut findings).await?;
     secrets(podman, container, &mut findings).await?;
+    findings.extend(forbidden(policy, container, &host));
     Ok(Assessment {
         findings,
         image_present,

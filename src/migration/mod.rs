@@ -10,6 +10,8 @@
 //! migration is finished, else it is undone. So nothing has to be written to disk between "it runs"
 //! and letting the packets go.
 
+mod agreed;
+mod arrival;
 mod check;
 mod commit;
 mod drain;
@@ -40,6 +42,8 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use agreed::Agreed;
+pub use arrival::{Policy, Privilege, UnknownPrivilege};
 pub(crate) use check::{at_destination, refuse};
 pub use drain::{Drain, Left, Undrained};
 pub use effect::{Asked, Effect, End};

@@ -1044,14 +1044,22 @@ impl InspectedMount {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn read(json: &str) -> Container {
+impl Container {
+    /// A container as Podman shows it.
+    pub(crate) fn read(json: &str) -> Container {
         serde_json::from_str::<Inspection>(json)
             .unwrap()
             .container()
             .unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Container {
+        Container::read(json)
     }
 
     /// Much of what a plain container can have, as Podman 5.8.6 shows it; shortened, not changed.

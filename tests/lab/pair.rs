@@ -118,7 +118,9 @@ impl Pair {
     }
 
     fn spawn_agent(&self, host: usize) -> Process {
-        let mut command = vec!["livemig", "agent"];
+        // What containers of tests have that others may not.
+        let mut command = vec!["livemig", "agent", "--allow", "secrets,unconfined"];
+        command.extend(["--allow-bind", "/srv"]);
         command.extend(self.verbose);
         let log = [("LIVEMIG_LOG", "livemig=debug")];
         self.host(host).spawn_with(&command, &log)

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
 use livemig::agent::Permission;
-use livemig::migration::{Phase, WhenFull};
+use livemig::migration::{Phase, Privilege, WhenFull};
 
 /// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
 #[derive(Debug, Parser)]
@@ -123,6 +123,20 @@ pub enum Command {
         /// Address and TCP port to listen on
         #[arg(long, value_name = "ADDRESS:PORT", default_value = "[::]:27757")]
         listen: std::net::SocketAddr,
+
+        /// Take containers that have this; by default none that could do more here than others
+        ///
+        /// privileged: all privileges. capabilities: more than Podman gives every container. devices:
+        /// devices of this host. secrets: this host's secrets. unconfined: loosened by
+        /// --security-opt. host-namespaces: this host's host name or cgroups. Repeat it for each
+        #[arg(long, value_name = "WHAT", value_delimiter = ',')]
+        allow: Vec<Privilege>,
+
+        /// Take containers that have this directory of this host, or something below it, mounted
+        ///
+        /// Without this, none that have any bind mount. Repeat it for each directory
+        #[arg(long, value_name = "DIR")]
+        allow_bind: Vec<PathBuf>,
     },
 
     /// Print a token with which one other host can join this one

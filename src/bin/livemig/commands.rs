@@ -10,7 +10,7 @@ use livemig::agent::{
     Server, Sessions, Token, Trust,
 };
 use livemig::conntrack::{Counting, Direction};
-use livemig::migration::{self, Event, Hopless, Observer};
+use livemig::migration::{self, Event, Hopless, Observer, Policy};
 use livemig::{Config, Error, Request};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +25,17 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
     let config = cli.place.config();
     let json = cli.json;
     match cli.command {
-        Command::Agent { listen } => agent(config, listen).await,
+        Command::Agent {
+            listen,
+            allow,
+            allow_bind,
+        } => {
+            let arrivals = Policy {
+                allowed: allow.into_iter().collect(),
+                binds: allow_bind,
+            };
+            agent(Config { arrivals, ..config }, listen).await
+        }
         Command::Invite { address, valid } => invite(&config, address, valid, json),
         Command::Join {
             token,

@@ -51,7 +51,9 @@ impl Area {
             | Code::ImageMount
             | Code::VolumeExists
             | Code::BindSourceMissing
-            | Code::SecretMissing => Area::Storage,
+            | Code::SecretMissing
+            | Code::BindNotAllowed
+            | Code::SecretNotAllowed => Area::Storage,
             Code::NetworkMode
             | Code::SubnetTaken
             | Code::SubnetMismatch
