@@ -89,8 +89,13 @@ async fn what_it_only_prepared_is_undone() {
     attempt.kill().await;
     assert_ne!(hops(h2).await, "", "it had prepared something");
 
+    let token = h2.exec(&["livemig", "invite", "--address", &h2.ip()]).await;
     let output = revoke(h2, &["h1"]).await;
     assert_eq!(output["name"], "h1", "{output}");
+    assert_eq!(output["invitations"], 1, "{output}");
+    let join = ["livemig", "join", token.text(), "--name", "h2"];
+    let refused = h1.try_exec(&join).await;
+    assert!(!refused.status.success(), "{refused}");
     assert_eq!(output["leftovers"], serde_json::json!([]), "{output}");
     let began = std::time::Instant::now();
     let left = async || {
@@ -101,8 +106,7 @@ async fn what_it_only_prepared_is_undone() {
         assert!(began.elapsed() < PATIENCE, "still there: {}", left().await);
         tokio::time::sleep(LOOK).await;
     }
-    // It runs where it was, and its host can tidy up without the other one's help.
-    h1.try_exec(&["livemig", "recover"]).await;
+    assert_eq!(h2.container_state("web").await, None);
     assert_eq!(h1.container_state("web").await.as_deref(), Some("running"));
     pair.down().await;
 }

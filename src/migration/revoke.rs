@@ -16,7 +16,7 @@ use super::journal::{Journal, JournalError, left_behind};
 use super::must_be_root;
 use super::report::Leftover;
 use super::undo::unless_gone;
-use crate::agent::{Fingerprint, Limits, PeerName, Peers, Permission};
+use crate::agent::{Fingerprint, Invites, Limits, PeerName, Peers, Permission};
 use crate::conntrack::{Direction, Entry, Family, Table, alias, steer};
 use crate::migration::Effect;
 use crate::netlink::Namespace;
@@ -50,6 +50,8 @@ pub struct Revoked {
     pub migrations: Vec<String>,
     /// The containers whose new connections are not carried to it, or from it, any more.
     pub forwardings: Vec<String>,
+    /// How many open invitations were withdrawn: the host may have had the token of one.
+    pub invitations: usize,
     /// The hosts that may introduce others, and so could make its key known again (for paths only).
     pub introducers: Vec<PeerName>,
     /// What could not be done. Calling this again tries it again.
@@ -66,7 +68,8 @@ pub struct Revoked {
 /// to it has not ended. Nothing has been changed then.
 pub async fn revoke(config: &Config, host: &str, now: bool) -> Result<Revoked> {
     must_be_root()?;
-    let peers = Peers::open(&config.state_dir, &Limits::default())?;
+    let limits = Limits::default();
+    let peers = Peers::open(&config.state_dir, &limits)?;
     let (name, fingerprint) = match host.parse::<Fingerprint>() {
         Ok(fingerprint) => {
             let known = peers.by_fingerprint(fingerprint)?;
@@ -107,12 +110,21 @@ pub async fn revoke(config: &Config, host: &str, now: bool) -> Result<Revoked> {
         flows: Vec::new(),
         migrations: Vec::new(),
         forwardings: Vec::new(),
+        invitations: 0,
         introducers,
         leftovers: Vec::new(),
     };
+    // The key is gone already, which is what matters most; so the rest is told, not failed with.
+    let withdrawn = Invites::open(&config.state_dir, &limits).and_then(|all| all.withdraw_all());
+    match withdrawn {
+        Ok(withdrawn) => revoked.invitations = withdrawn,
+        Err(error) => revoked.leftovers.push(Leftover {
+            effect: "open invitations".to_owned(),
+            failure: Error::from(error).full(),
+        }),
+    }
     if let Some(hop) = hop {
         revoked.hop = Hopless::Kept;
-        // The key is gone already, which is what matters most; so the rest is told, not failed with.
         if let Err(error) = leave(config, &hop, now, &mut revoked).await {
             revoked.leftovers.push(Leftover {
                 effect: format!("the tunnel {}", hop.spec.interface),

@@ -188,8 +188,8 @@ pub enum Command {
 
     /// Trust another host no more
     ///
-    /// Its key is forgotten first: whatever it asks from then on is refused. What it had only prepared
-    /// here is undone, new connections are not carried to it or from it any more, and the tunnel to it
+    /// Its key is forgotten first: whatever it asks from then on is refused. Open
+    /// invitations are withdrawn, for it may have a token. What it had only prepared here is undone, new connections are not carried to it or from it any more, and the tunnel to it
     /// is taken down, unless connections go through it: then they are listed, and the tunnel goes when
     /// they have ended. The other host is not told; run this there as well.
     Revoke {

@@ -327,6 +327,9 @@ async fn revoke(config: &Config, host: &str, now: bool, json: bool) -> Result<Ex
         }
         None => "that host".to_owned(),
     };
+    if revoked.invitations > 0 {
+        println!("open invitations are withdrawn: make new ones for others (livemig invite)");
+    }
     for container in &revoked.forwardings {
         println!("no more new connections of `{container}` are carried to or from {name}");
     }
