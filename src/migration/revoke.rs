@@ -149,7 +149,8 @@ async fn leave(config: &Config, hop: &Hop, now: bool, revoked: &mut Revoked) -> 
     let entries = table.dump(Family::Both).await?;
     let through: Vec<&Entry> = entries.iter().filter(|it| it.mark.uses(id)).collect();
     revoked.flows = through.iter().map(|entry| describe(entry, id)).collect();
-    if !now && !(through.is_empty() && revoked.migrations.is_empty()) {
+    let needed = !through.is_empty() || !revoked.migrations.is_empty();
+    if needed && !now {
         return Ok(());
     }
     // The connections first: a mark that outlives its hop would lead into the next one of that number.
