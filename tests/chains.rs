@@ -247,3 +247,32 @@ async fn a_chain_stays_when_its_anchor_does_not_answer() {
     assert_went_on(&client.stop().await, 3);
     pair.down().await;
 }
+
+#[tokio::test]
+async fn new_connections_take_the_direct_way_too() {
+    let pair = forgetful(3, 1).await;
+    let h1 = pair.host(1);
+    h1.run_workload("web", &["-p", "7000:7000"], &["echo", "7000"])
+        .await;
+    let ip = h1.ip();
+    let client = ["client-echo", &ip, "7000", "--connections", "3"];
+    let first = pair.client(1).spawn(&client).await;
+    let moved = pair.try_migrate("web", 1, 2, &["--forward-new"]).await;
+    assert!(moved.status.success(), "{moved}");
+    let second = pair.client(1).spawn(&client).await;
+    let report = pair.migrate("web", 2, 3).await;
+    pair.assert_moved("web", 2, 3, &report).await;
+    assert_eq!(report["paths"][0]["flows"], 6, "{report}");
+    assert_eq!(report["paths"][0]["kept"], Value::Null, "{report}");
+    pair.host(2).crash().await;
+    let third = pair.client(1).spawn(&client).await;
+    for client in [first, second, third] {
+        assert_went_on(&client.stop().await, 3);
+    }
+    h1.exec(&["livemig", "flows", "--stop-forwarding", "web"])
+        .await;
+    for host in [1, 3] {
+        pair.wait_until_the_hop_is_gone(host).await;
+    }
+    pair.down().await;
+}

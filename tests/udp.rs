@@ -151,6 +151,49 @@ async fn a_move_that_cannot_hold_what_comes_is_given_up_if_that_is_wanted() {
 }
 
 #[tokio::test]
+async fn datagrams_that_the_container_does_not_read_are_reported() {
+    let pair = Pair::up().await;
+    let (h1, c1) = (pair.host(1), pair.client(1));
+    h1.run_workload("web", &["-p", "7000:7000/udp"], &["udp-echo", PORT])
+        .await;
+    let stop = "kill -STOP $(podman inspect -f '{{.State.Pid}}' web)";
+    h1.sh(stop).await;
+    let ip = h1.ip();
+    // They are not answered, so it does not wait for that.
+    let client = c1.spawn_command(&[
+        "workload",
+        "client-udp",
+        &ip,
+        PORT,
+        "--mode",
+        "oneway",
+        "--seconds",
+        "1",
+    ]);
+    let queued = "for n in $(seq 100); do
+            grep -q ':1B58 .* 07 00000000:0*[1-9A-F]' \
+                /proc/$(podman inspect -f '{{.State.Pid}}' web)/net/udp* && exit 0
+            sleep 0.1
+        done
+        exit 1";
+    h1.sh(queued).await;
+    let report = pair.migrate("web", 1, 2).await;
+    drop(client);
+    let left = report["drain"]["left"].as_array().expect("a list");
+    assert_eq!(left.len(), 1, "{report}");
+    assert_eq!(left[0]["kind"], "udp", "{report}");
+    assert_eq!(left[0]["local"], "0.0.0.0:7000", "{report}");
+    assert!(left[0]["left"]["datagrams"].as_u64() > Some(0), "{report}");
+    // It was waited for, as long as may be and no longer.
+    assert!(
+        report["drain"]["arrived_ms"].as_f64() >= Some(50.0),
+        "{report}"
+    );
+    pair.assert_moved("web", 1, 2, &report).await;
+    pair.down().await;
+}
+
+#[tokio::test]
 async fn every_datagram_is_answered_once_and_in_order() {
     nothing_goes_wrong("udp-echo", "echo").await;
 }

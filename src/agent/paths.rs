@@ -43,6 +43,7 @@ use super::protocol::{
 use super::session::{number, said};
 use super::{Body, Caller, Connection, Fingerprint, Identity, Limits, Peer, Peers};
 use super::{Permission, Refusal, Reply};
+use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::{Hold, HoldSpec, Pace, Rate, Reserved, To};
 use crate::conntrack::{Tuple, alias, steer};
 use crate::migration::{self, Effect, End, Hands, Journal, ON_ITS_WAY};
@@ -234,6 +235,10 @@ impl Paths {
             for hop in [change.old, own.hop] {
                 steer::admit(hop, &change.addresses)?;
             }
+            if let Some(container) = &ask.forwards {
+                let after = migration::admitted(&self.config, container, change.old, own.hop)?;
+                change_forwarding(&self.config, &mut journal, after).await?;
+            }
             Ok(own)
         };
         match made.await {
@@ -300,7 +305,11 @@ impl Paths {
         let old = self.hop_to(&caller.peer)?;
         let mut flows = migration::flows_of(&ask.addresses).await?;
         flows.retain(|flow| flow.goes_by() == Some(old));
-        if flows.is_empty() {
+        let forwarding = migration::forwarding_of(&self.config, &ask.container)?;
+        let forwards = forwarding
+            .and_then(|forwarding| forwarding.to)
+            .is_some_and(|onward| onward.hop == old);
+        if flows.is_empty() && !forwards {
             return Ok(Shortened { flows: 0 });
         }
         let host = self.known(&ask.to, &caller.peer)?;
@@ -308,10 +317,19 @@ impl Paths {
         journal.will([Effect::Hop {
             user: id.as_str().to_owned(),
         }])?;
-        let mut hold = None;
-        let done = self
-            .take_short_cut(&id, &ask.addresses, old, &host, &mut journal, &mut hold)
-            .await;
+        let mut short_cut = ShortCut {
+            config: &self.config,
+            id: &id,
+            ask: &ask,
+            old,
+            forwards,
+            journal,
+            held: None,
+        };
+        let done = short_cut.take(&host).await;
+        let ShortCut {
+            mut journal, held, ..
+        } = short_cut;
         match done {
             Ok(shortened) => {
                 journal.commit()?;
@@ -320,7 +338,7 @@ impl Paths {
                 Ok(shortened)
             }
             Err(error) => {
-                if self.unwind(&journal, hold).await.is_empty() {
+                if self.unwind(&journal, held).await.is_empty() {
                     journal.close()?;
                 }
                 Err(error)
@@ -336,102 +354,6 @@ impl Paths {
         flows.retain(|flow| flow.goes_by() == Some(hop) && theirs.contains(&flow.seen));
         migration::forget(&flows).await?;
         Ok(Nothing {})
-    }
-
-    async fn take_short_cut(
-        &self,
-        id: &PathId,
-        addresses: &[IpAddr],
-        old: HopId,
-        host: &Peer,
-        journal: &mut Journal,
-        held: &mut Option<Hold>,
-    ) -> Result<Shortened, Error> {
-        let config = &self.config;
-        let mut connection = connect(config, host).await?;
-        let mtu = migration::tunnels(config)
-            .registry()
-            .get(old)?
-            .and_then(|hop| Some(hop.proposal?.mtu))
-            .ok_or(Error::OutOfOrder("hop"))?;
-        let own = migration::open_hop(config, &host.fingerprint, id.as_str(), mtu).await?;
-        let new = own.hop;
-        journal.will([Effect::PathAsked {
-            peer: host.name.to_string(),
-            path: id.clone(),
-        }])?;
-        let ask = Open { hop: own.proposal };
-        let Opened { hop } = connection
-            .call(Method::POST, &format!("/v1/paths/{id}/open"), &ask)
-            .await?;
-        migration::connect_hop(config, new, &hop, connection.peer_addr().ip()).await?;
-        let probe = format!("/v1/paths/{id}/probe");
-        migration::verify_hop(config, new, &mut connection, &probe).await?;
-
-        let reserved = Reserved::first_free()?;
-        let spec = HoldSpec {
-            hop: Some(new),
-            ..HoldSpec::new(reserved.queue(), addresses.to_vec())
-        };
-        journal.will([
-            Effect::Path {
-                end: End::Anchor,
-                addresses: addresses.to_vec(),
-                from: old,
-                to: new,
-            },
-            Effect::Hold { spec: spec.clone() },
-        ])?;
-        for hop in [old, new] {
-            steer::admit(hop, addresses)?;
-        }
-        held.insert(reserved.prepare(spec).await?).hold_all()?;
-        // Those that began since are meant as well.
-        let mut flows = migration::flows_of(addresses).await?;
-        flows.retain(|flow| flow.goes_by() == Some(old));
-        // Some of their peers may be the host of the container, or have an address that it has too.
-        alias::Peers::of(&flows, &[]).remember()?;
-        let ask = Switch {
-            flows: flows.iter().map(|flow| flow.seen).collect(),
-        };
-        let Switched { flows: switched } = connection
-            .call(Method::POST, &format!("/v1/paths/{id}/switch"), &ask)
-            .await?;
-        // What is still on the longer path comes first.
-        tokio::time::sleep(ON_ITS_WAY).await;
-        let steered = flows.iter().map(|flow| {
-            let (mark, mask) = flow.steering(Some(new));
-            (flow.entry.original, mark, mask)
-        });
-        migration::mark_all(steered.collect()).await?;
-        if let Some(hold) = held.take() {
-            let released = hold.release(To::Destination, Pace::Rate(Rate::default()));
-            let report = released.await?.clear().await?;
-            tracing::debug!(path = %id, ?report, "held for a shorter path");
-        }
-        self.end_there(host, id).await?;
-        Ok(Shortened { flows: switched })
-    }
-
-    /// Tells the host of the container that it is done. Only its own word says that it has not given
-    /// up, so it is asked again if the answer is lost.
-    async fn end_there(&self, host: &Peer, id: &PathId) -> Result<(), Error> {
-        let began = Instant::now();
-        loop {
-            let asked = async {
-                let mut connection = connect(&self.config, host).await?;
-                let path = format!("/v1/paths/{id}/end");
-                let Nothing {} = connection.call(Method::POST, &path, &Nothing {}).await?;
-                Ok::<_, Error>(())
-            };
-            match asked.await {
-                Ok(()) => return Ok(()),
-                Err(error @ Error::Agent(super::Error::Refused { .. })) => return Err(error),
-                Err(error) if began.elapsed() >= ASKED_FOR => return Err(error),
-                Err(error) => tracing::debug!(%error, path = %id, "no answer yet; asking again"),
-            }
-            tokio::time::sleep(ASK_AGAIN).await;
-        }
     }
 
     async fn unwind(&self, journal: &Journal, hold: Option<Hold>) -> Vec<String> {
@@ -490,12 +412,139 @@ impl Paths {
     }
 }
 
+/// What an anchor does to send a container's flows straight to the host that it is on now.
+struct ShortCut<'a> {
+    config: &'a Config,
+    id: &'a PathId,
+    ask: &'a Shorten,
+    /// The hop that the flows took so far.
+    old: HopId,
+    /// Whether new connections take it, too.
+    forwards: bool,
+    journal: Journal,
+    held: Option<Hold>,
+}
+
+impl ShortCut<'_> {
+    async fn take(&mut self, host: &Peer) -> Result<Shortened, Error> {
+        let config = self.config;
+        let (id, ask, old) = (self.id, self.ask, self.old);
+        let addresses = &ask.addresses;
+        let mut connection = connect(config, host).await?;
+        let mtu = migration::tunnels(config)
+            .registry()
+            .get(old)?
+            .and_then(|hop| Some(hop.proposal?.mtu))
+            .ok_or(Error::OutOfOrder("hop"))?;
+        let own = migration::open_hop(config, &host.fingerprint, id.as_str(), mtu).await?;
+        let new = own.hop;
+        self.journal.will([Effect::PathAsked {
+            peer: host.name.to_string(),
+            path: id.clone(),
+        }])?;
+        let open = Open {
+            forwards: self.forwards.then(|| ask.container.clone()),
+            hop: own.proposal,
+        };
+        let Opened { hop } = connection
+            .call(Method::POST, &format!("/v1/paths/{id}/open"), &open)
+            .await?;
+        migration::connect_hop(config, new, &hop, connection.peer_addr().ip()).await?;
+        let probe = format!("/v1/paths/{id}/probe");
+        migration::verify_hop(config, new, &mut connection, &probe).await?;
+
+        // First, so that no new one begins on the longer way after the others were counted.
+        let after = migration::redirected(config, &ask.container, old, new)?;
+        change_forwarding(config, &mut self.journal, after).await?;
+        let reserved = Reserved::first_free()?;
+        let spec = HoldSpec {
+            hop: Some(new),
+            ..HoldSpec::new(reserved.queue(), addresses.clone())
+        };
+        self.journal.will([
+            Effect::Path {
+                end: End::Anchor,
+                addresses: addresses.clone(),
+                from: old,
+                to: new,
+            },
+            Effect::Hold { spec: spec.clone() },
+        ])?;
+        for hop in [old, new] {
+            steer::admit(hop, addresses)?;
+        }
+        self.held.insert(reserved.prepare(spec).await?).hold_all()?;
+        // Those that began since are meant as well.
+        let mut flows = migration::flows_of(addresses).await?;
+        flows.retain(|flow| flow.goes_by() == Some(old));
+        // Some of their peers may be the host of the container, or have an address that it has too.
+        alias::Peers::of(&flows, &[]).remember()?;
+        let switch = Switch {
+            flows: flows.iter().map(|flow| flow.seen).collect(),
+        };
+        let Switched { flows: switched } = connection
+            .call(Method::POST, &format!("/v1/paths/{id}/switch"), &switch)
+            .await?;
+        // What is still on the longer path comes first.
+        tokio::time::sleep(ON_ITS_WAY).await;
+        let steered = flows.iter().map(|flow| {
+            let (mark, mask) = flow.steering(Some(new));
+            (flow.entry.original, mark, mask)
+        });
+        migration::mark_all(steered.collect()).await?;
+        if let Some(hold) = self.held.take() {
+            let released = hold.release(To::Destination, Pace::Rate(Rate::default()));
+            let report = released.await?.clear().await?;
+            tracing::debug!(path = %id, ?report, "held for a shorter path");
+        }
+        self.end_there(host).await?;
+        Ok(Shortened { flows: switched })
+    }
+
+    /// Tells the host of the container that it is done. Only its own word says that it has not given
+    /// up, so it is asked again if the answer is lost.
+    async fn end_there(&self, host: &Peer) -> Result<(), Error> {
+        let (began, id) = (Instant::now(), self.id);
+        loop {
+            let asked = async {
+                let mut connection = connect(self.config, host).await?;
+                let path = format!("/v1/paths/{id}/end");
+                let Nothing {} = connection.call(Method::POST, &path, &Nothing {}).await?;
+                Ok::<_, Error>(())
+            };
+            match asked.await {
+                Ok(()) => return Ok(()),
+                Err(error @ Error::Agent(super::Error::Refused { .. })) => return Err(error),
+                Err(error) if began.elapsed() >= ASKED_FOR => return Err(error),
+                Err(error) => tracing::debug!(%error, path = %id, "no answer yet; asking again"),
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+    }
+}
+
 /// A connection to a host that may be known by what another one said of it.
 async fn connect(config: &Config, peer: &Peer) -> Result<Connection, Error> {
     let identity = Identity::load_or_create(&config.state_dir)?;
     let address = peer.address.as_ref();
     let address = address.ok_or_else(|| Error::NoAddress(peer.name.clone()))?;
     Ok(Connection::open(address, peer.fingerprint, &identity, &Limits::default()).await?)
+}
+
+/// Changes what this host does for new connections, if there is something to.
+async fn change_forwarding(
+    config: &Config,
+    journal: &mut Journal,
+    after: Option<Forwarding>,
+) -> Result<(), Error> {
+    let Some(after) = after else {
+        return Ok(());
+    };
+    journal.will([Effect::Forwarding {
+        container: after.container.clone(),
+        before: migration::forwarding_of(config, &after.container)?,
+    }])?;
+    migration::set_forwarding(config, &after).await
 }
 
 /// After a while nothing is on the other path any more, and nobody asks again.

@@ -52,7 +52,7 @@ use serde::{Deserialize, Serialize};
 use super::{Address, Fingerprint, PeerName};
 use crate::conntrack::{Flow, Tuple};
 use crate::criu::{Features, Finding};
-use crate::podman::{Container, HostInfo, Network};
+use crate::podman::{Container, ContainerId, HostInfo, Network};
 use crate::tunnel;
 
 /// How large the pieces are in which an image is compressed and sent, in bytes.
@@ -218,7 +218,9 @@ pub struct Expect {
 /// The container whose connections you send through me has moved on.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Shorten {
-    /// The container's addresses.
+    /// The container.
+    pub container: ContainerId,
+    /// Its addresses.
     pub addresses: Vec<IpAddr>,
     /// Where it is now.
     pub to: Introduction,
@@ -243,6 +245,8 @@ pub struct Forget {
 /// A hop for a path.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Open {
+    /// The container, if new connections to it come this way as well.
+    pub forwards: Option<ContainerId>,
     /// The anchor's end.
     pub hop: tunnel::Proposal,
 }

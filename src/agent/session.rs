@@ -116,6 +116,7 @@ impl Sessions {
                 .map(|stem| stem.to_string_lossy().into_owned())
                 .unwrap_or_default();
             if journal.committed() {
+                remove_holds(&journal).await?;
                 journal.close()?;
             } else if let Some(container) = ran {
                 told.push(format!(
@@ -278,12 +279,7 @@ impl Sessions {
                 match self.find(&caller, id.as_str()) {
                     Ok((id, session)) => said(self.commit(&id, &mut *session.lock().await).await),
                     // Told twice, it is committed once.
-                    Err(_) => said(self.left_behind(&id).and_then(|journal| {
-                        if let Some(journal) = journal {
-                            journal.close()?;
-                        }
-                        Ok(Nothing {})
-                    })),
+                    Err(_) => said(self.commit_left_behind(&id).await),
                 }
             }
             (&Method::DELETE, ["v1", "migrations", id]) => {
@@ -704,6 +700,15 @@ impl Sessions {
         Ok(Nothing {})
     }
 
+    /// The same for a migration that an earlier agent of this host began, or that has been committed.
+    async fn commit_left_behind(&self, id: &MigrationId) -> Result<Nothing, Error> {
+        if let Some(journal) = self.left_behind(id)? {
+            remove_holds(&journal).await?;
+            journal.close()?;
+        }
+        Ok(Nothing {})
+    }
+
     /// Undoes everything. An error means that the container may still be here.
     async fn undo(&self, id: &MigrationId, session: &mut Session) -> Result<Undone, Error> {
         let holds = session.hold.take().into_iter();
@@ -788,6 +793,16 @@ impl Handler for Sessions {
     ) -> BoxFuture<'static, Reply> {
         self.answer(caller, request).boxed()
     }
+}
+
+/// Removes the rules by which packets waited here. When an agent ends, none wait any more.
+async fn remove_holds(journal: &Journal) -> Result<(), Error> {
+    for effect in journal.effects() {
+        if let Effect::Hold { spec } = effect {
+            conntrack::hold::remove_rules(spec).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether datagrams may come for a container that is being restored. TCP needs no intake: what its

@@ -124,6 +124,9 @@ pub mod nfqa {
     pub const IFINDEX_INDEV: u16 = 5;
     pub const PAYLOAD: u16 = 10;
     pub const CAP_LEN: u16 = 13;
+    pub const SKB_INFO: u16 = 14;
+    /// A flag in `SKB_INFO`.
+    pub const SKB_GSO: u32 = 1 << 1;
 }
 
 /// `enum nfqnl_attr_config` and what belongs to it.

@@ -133,6 +133,9 @@ impl Drainage {
 
     fn look_at_datagrams(&mut self) -> Result<Vec<Undrained>> {
         let sockets = self.diagnosis.look(Kind::Udp, StateSet::ALL)?;
+        let buffers = sockets.iter().filter_map(|socket| socket.receive_buffer);
+        let drops: u32 = buffers.map(|buffer| buffer.drops).sum();
+        tracing::debug!(drops, "datagrams that found no room so far");
         Ok(sockets.iter().filter_map(undrained).collect())
     }
 

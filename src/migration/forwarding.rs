@@ -183,8 +183,7 @@ pub(super) fn after_leaving(
     let subnets = networks.iter().flat_map(|network| &network.subnets);
     hidden.extend(subnets.map(|subnet| (subnet.subnet.ip(), subnet.subnet.prefix())));
     // A client over there has an address that its kernel would not send into a hop.
-    let there = connection.endpoint.ip();
-    hidden.push((there, if there.is_ipv6() { 128 } else { 32 }));
+    hidden.push(whole(connection.endpoint.ip()));
     let ends = connection.v4.into_iter().chain(connection.v6);
     let to = Onward {
         hop,
@@ -214,6 +213,65 @@ pub(crate) fn after_arrival(
     };
     forwarding.from.insert(hop);
     Ok(forwarding)
+}
+
+/// What the anchor does when its way to the container becomes shorter: new connections that went
+/// into one hop go into another. Nothing if none did.
+pub(crate) fn redirected(
+    config: &Config,
+    container: &ContainerId,
+    from: HopId,
+    to: HopId,
+) -> Result<Option<Forwarding>> {
+    let Some(before) = of(config, container)? else {
+        return Ok(None);
+    };
+    let Some(onward) = before.to.clone().filter(|onward| onward.hop == from) else {
+        return Ok(None);
+    };
+    let registry = tunnels(config).registry().clone();
+    let other_end = |hop: Option<crate::tunnel::Hop>| {
+        hop.and_then(|hop| hop.connection)
+            .map(|connection| whole(connection.endpoint.ip()))
+    };
+    let connection = registry.get(to)?.and_then(|hop| hop.connection);
+    let connection = connection.ok_or(Error::OutOfOrder("hop"))?;
+    let mut hidden = onward.hidden;
+    let old_end = other_end(registry.get(from)?);
+    hidden.retain(|network| Some(*network) != old_end);
+    hidden.push(whole(connection.endpoint.ip()));
+    let ends = connection.v4.into_iter().chain(connection.v6);
+    Ok(Some(Forwarding {
+        to: Some(Onward {
+            hop: to,
+            own: onward.own,
+            tunnel: ends.map(|end| end.local).collect(),
+            hidden,
+        }),
+        ..before
+    }))
+}
+
+/// What the container's host does when an anchor's way to it becomes shorter: what may come out of
+/// one hop may come out of the other too. Nothing if nothing may.
+pub(crate) fn admitted(
+    config: &Config,
+    container: &ContainerId,
+    old: HopId,
+    new: HopId,
+) -> Result<Option<Forwarding>> {
+    let before = of(config, container)?;
+    Ok(before
+        .filter(|before| before.from.contains(&old))
+        .map(|mut before| {
+            before.from.insert(new);
+            before
+        }))
+}
+
+/// An address as a network of its own: with the length of its prefix.
+fn whole(address: IpAddr) -> (IpAddr, u8) {
+    (address, if address.is_ipv6() { 128 } else { 32 })
 }
 
 /// What the host does that the container has come to: it is not elsewhere any more. Nothing if there

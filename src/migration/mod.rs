@@ -44,7 +44,8 @@ pub use drain::{Drain, Left, Undrained};
 pub use effect::{Asked, Effect, End};
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
 pub(crate) use forwarding::{
-    after_arrival, at_home, no_more_from, of as forwarding_of, set as set_forwarding,
+    admitted, after_arrival, at_home, no_more_from, of as forwarding_of, redirected,
+    set as set_forwarding,
 };
 pub use forwarding::{forwardings, stop_forwarding};
 pub(crate) use home::{ON_ITS_WAY, came_from_here, flows as flows_of, forget, mark_all, welcome};

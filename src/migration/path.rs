@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::home::{flows, forget};
 use super::hop::tunnels;
 use super::preflight::connect;
-use super::{Migration, leave_idle_hops};
+use super::{Migration, forwarding, leave_idle_hops};
 use crate::agent::protocol::{Expect, Forget, Introduction, Nothing, PathId, Shorten, Shortened};
 use crate::agent::{Address, DEFAULT_PORT, Limits, Peer, Peers};
 use crate::conntrack::{Flow, Tuple};
@@ -72,6 +72,14 @@ pub(super) async fn shorten(migration: &mut Migration<'_>) -> Result<()> {
             && flow.goes_by() == Some(through_here)
         {
             by_anchor.entry(from).or_default().push(flow);
+        }
+    }
+    // Hosts whose new connections come through here have a way to shorten, too.
+    let config = &migration.request.config;
+    let container = migration.preflight.container.id.clone();
+    if let Some(forwarding) = forwarding::of(config, &container)? {
+        for hop in forwarding.from {
+            by_anchor.entry(hop).or_default();
         }
     }
     for (hop, flows) in by_anchor {
@@ -150,7 +158,9 @@ async fn one(migration: &mut Migration<'_>, anchor: &Peer, passing: &[Flow]) -> 
         .call(Method::POST, &format!("/v1/paths/{path}/expect"), &expect)
         .await
         .map_err(Error::of_host(destination.name.as_str()))?;
+    let container = &migration.preflight.container.id;
     let shorten = Shorten {
+        container: container.clone(),
         addresses,
         to: introduction(destination)?,
     };
@@ -160,5 +170,6 @@ async fn one(migration: &mut Migration<'_>, anchor: &Peer, passing: &[Flow]) -> 
         .await
         .map_err(Error::of_host(anchor.name.as_str()))?;
     tracing::debug!(anchor = %anchor.name, flows, "they take the direct way");
-    forget(passing).await
+    forget(passing).await?;
+    forwarding::no_more_from(&config, container, &anchor.fingerprint.to_string()).await
 }

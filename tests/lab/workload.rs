@@ -48,7 +48,8 @@ clients:
               [--seconds N] [--until-file PATH] [--log FILE] [--grace-ms 20000]
   client-bulk ADDR PORT [--mib 64] [--rate-mib 0] [--stall-ms 60000]
   client-udp ADDR PORT [--rate 1000] [--seconds N] [--until-file PATH] [--mode echo|oneway] [--payload 16]
-             [--runs 1]                   several runs from one socket, a report for each
+             [--runs 1]                   several runs from one socket, a report for each; SIGUSR1
+                                          ends a run too
   client-udp-flows ADDR PORT [--flows 100] [--seconds N] [--until-file PATH]
   client-greet ADDR PORT [--seconds N] [--until-file PATH] [--lines N] [--log FILE]
   ask ADDR PORT COMMAND...                one command, its answer
@@ -263,6 +264,7 @@ const POLLOUT: i16 = 4;
 const SIGPIPE: i32 = 13;
 const SIGTERM: i32 = 15;
 const SIGINT: i32 = 2;
+const SIGUSR1: i32 = 10;
 
 unsafe extern "C" {
     fn ppoll(fds: *mut PollFd, count: u64, timeout: *const TimeSpec, mask: *const u8) -> i32;
@@ -295,17 +297,21 @@ fn io_uring() -> io::Result<OwnedFd> {
 }
 
 static STOP: AtomicBool = AtomicBool::new(false);
+/// What goes on in parts is to begin its next one.
+static NEXT: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn on_signal(number: i32) {
-    if number != SIGPIPE {
-        STOP.store(true, Ordering::Relaxed);
+    match number {
+        SIGPIPE => {}
+        SIGUSR1 => NEXT.store(true, Ordering::Relaxed),
+        _ => STOP.store(true, Ordering::Relaxed),
     }
 }
 
 /// In a container this program is PID 1, for which signals without a handler do nothing.
 fn stop_on_signal() {
-    for number in [SIGTERM, SIGINT, SIGPIPE] {
-        // SAFETY: the handler only stores to an atomic.
+    for number in [SIGTERM, SIGINT, SIGPIPE, SIGUSR1] {
+        // SAFETY: the handler only stores to atomics.
         unsafe { signal(number, on_signal) };
     }
 }
@@ -1214,6 +1220,7 @@ impl End {
 
     fn reached(&mut self) -> bool {
         if stopped()
+            || NEXT.swap(false, Ordering::Relaxed)
             || self
                 .seconds
                 .is_some_and(|limit| self.started.elapsed() >= limit)

@@ -74,6 +74,8 @@ pub(super) struct Held {
     id: u32,
     /// In bytes.
     pub(super) length: u32,
+    /// It is several that were put together.
+    pub(super) together: bool,
     udp: bool,
     /// The container's own address is its source.
     own: bool,
@@ -239,6 +241,7 @@ impl<'a> Keeper<'a> {
         self.waiting.push_back(Held {
             id: notice.id,
             length: notice.length,
+            together: notice.together,
             udp,
             own,
             since: now,
@@ -307,8 +310,8 @@ impl<'a> Keeper<'a> {
             }
             self.sort(course.to, course.pacer.is_paced())?;
             let portion = course.pacer.portion(&self.paced)?;
-            self.let_go(portion)?;
-            course.pacer.gone(portion);
+            let own = self.let_go(portion)?;
+            course.pacer.gone(portion, own);
 
             if self.paced.is_empty() {
                 (fewest, since) = (usize::MAX, Instant::now());
@@ -376,7 +379,7 @@ impl<'a> Keeper<'a> {
                 verdicts.push(verdict(self.number, QUEUE_VERDICT, NF_DROP, held.id));
                 self.report.discarded += 1;
                 self.left(&held, now);
-            } else if held.udp && paced && !held.own {
+            } else if held.udp && paced {
                 self.paced.push_back(held);
             } else {
                 if self.paced.is_empty() {
@@ -396,12 +399,13 @@ impl<'a> Keeper<'a> {
         self.send_all(verdicts)
     }
 
-    /// Lets go so many of those that wait for their turn.
-    fn let_go(&mut self, packets: usize) -> Result<()> {
+    /// Lets go so many of those that wait for their turn, and returns how many of them came from the
+    /// container.
+    fn let_go(&mut self, packets: usize) -> Result<usize> {
         let now = Instant::now();
         let gone: Vec<Held> = self.paced.drain(..packets.min(self.paced.len())).collect();
         let Some(newest) = gone.last() else {
-            return Ok(());
+            return Ok(0);
         };
         // Everything with a lower number has gone before, or goes with it.
         self.send([verdict(
@@ -414,7 +418,7 @@ impl<'a> Keeper<'a> {
         for held in &gone {
             self.left(held, now);
         }
-        Ok(())
+        Ok(gone.iter().filter(|held| held.own).count())
     }
 
     /// Takes note that a packet waits no more.

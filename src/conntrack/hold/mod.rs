@@ -146,7 +146,9 @@ impl Reserved {
                 what: "its queue is not the one that was reserved",
             });
         }
-        self.queue.set_up(spec.packets)?;
+        // What a tunnel has put together of small datagrams is let in one by one.
+        let whole = spec.side != Side::Arriving;
+        self.queue.set_up(spec.packets, whole)?;
         let mut rules = Rules::open()?;
         // The queue was free, so if there are such rules their process has died.
         rules.remove(REMOVE, &spec.chains(), Vec::new)?;

@@ -68,6 +68,12 @@ const PORTION: usize = 128;
 /// What a datagram takes of a socket's buffer beside twice its length, in bytes. Small ones were
 /// seen to take from 768 to 2304, by the way they came.
 const OVERHEAD: u64 = 2304;
+/// The same for each of several that were put together, which the socket gets one by one.
+const OVERHEAD_OF_MANY: u64 = 768;
+/// How many may have been put together: `UDP_MAX_SEGMENTS` of `linux/udp.h`.
+const MANY: u64 = 128;
+/// How long each of them is at least, in bytes, for all that the kernel tells.
+const SHORT: u64 = 8;
 /// After how long a socket that does not get emptier counts as one that nobody reads.
 const UNREAD: Duration = Duration::from_millis(200);
 
@@ -94,6 +100,7 @@ impl Pacer {
             Pace::Sockets(namespace) => Pacer::Sockets(Room {
                 diagnosis: Diagnosis::open(namespace)?,
                 emptied: HashMap::new(),
+                drops: 0,
             }),
         })
     }
@@ -121,12 +128,12 @@ impl Pacer {
         }
     }
 
-    /// So many have gone.
-    pub(super) fn gone(&mut self, packets: usize) {
+    /// So many have gone, of which so many were the container's own and left by another interface.
+    pub(super) fn gone(&mut self, packets: usize, own: usize) {
         if let Pacer::Rate(metered) = self {
             metered.credit -= packets as f64;
             if let Some(window) = &mut metered.window {
-                window.under_way += packets as u64;
+                window.under_way += (packets - own) as u64;
             }
         }
     }
@@ -218,27 +225,46 @@ pub(super) struct Room {
     diagnosis: Diagnosis,
     /// What was in each socket, by its inode number, and when it was last less than before.
     emptied: HashMap<u32, (u64, Instant)>,
+    /// How many packets the sockets have dropped, as of the last look.
+    drops: u32,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        tracing::debug!(drops = self.drops, "the sockets have taken what there was");
+    }
 }
 
 impl Room {
     /// As many of the packets at the front as fit into the fullest socket, whichever they are for.
     fn portion(&mut self, waiting: &VecDeque<Held>) -> Result<usize> {
         let sockets = self.diagnosis.look(Kind::Udp, StateSet::ALL)?;
+        let buffers = sockets.iter().filter_map(|socket| socket.receive_buffer);
+        self.drops = buffers.map(|buffer| buffer.drops).sum();
+        let free = self.free(&sockets);
         // What went before may not have arrived yet: half of the room is kept for that.
-        let mut room = self.free(&sockets).unwrap_or(u64::MAX) / 2;
+        let mut room = free.least.unwrap_or(u64::MAX) / 2;
         let fits = waiting.iter().take(PORTION).take_while(|held| {
-            let cost = OVERHEAD + 2 * u64::from(held.length);
+            let length = u64::from(held.length);
+            let many = match held.together {
+                true => (length / SHORT).min(MANY),
+                false => 0,
+            };
+            let cost = OVERHEAD.max(many * OVERHEAD_OF_MANY) + 2 * length;
             let fits = cost <= room;
             room = room.saturating_sub(cost);
             fits
         });
-        Ok(fits.count())
+        // What does not fit into an empty socket by this reckoning may fit all the same.
+        Ok(fits.count().max(usize::from(free.all_empty)))
     }
 
-    /// The least free room of a socket that somebody reads; none if there is no such socket.
-    fn free(&mut self, sockets: &[Socket]) -> Option<u64> {
+    fn free(&mut self, sockets: &[Socket]) -> Free {
         let now = Instant::now();
-        let mut least = None;
+        let mut found = Free {
+            least: None,
+            all_empty: true,
+        };
         let mut seen = HashMap::with_capacity(sockets.len());
         for socket in sockets {
             let Some(buffer) = socket.receive_buffer else {
@@ -254,9 +280,18 @@ impl Room {
                 continue;
             }
             let free = size.saturating_sub(used);
-            least = Some(least.map_or(free, |least: u64| least.min(free)));
+            found.least = Some(found.least.map_or(free, |least| least.min(free)));
+            found.all_empty &= used == 0;
         }
         self.emptied = seen;
-        least
+        found
     }
+}
+
+/// The room in those sockets that somebody reads.
+#[derive(Debug, Clone, Copy)]
+struct Free {
+    /// In the fullest, in bytes; none if there is no such socket.
+    least: Option<u64>,
+    all_empty: bool,
 }

@@ -70,18 +70,21 @@ impl Queue {
     }
 
     /// Says how many packets may wait, and what is to be told about each.
-    pub(super) fn set_up(&self, packets: u32) -> Result<()> {
+    ///
+    /// `whole`: packets that were put together from several wait as one, and no checksum is computed.
+    /// Else they are taken apart, and each waits for itself.
+    pub(super) fn set_up(&self, packets: u32, whole: bool) -> Result<()> {
         // struct nfqnl_msg_config_params: how much of a packet is copied, and the mode.
         let mut parameters = [0u8; 5];
         parameters[..4].copy_from_slice(&COPIED.to_be_bytes());
         parameters[4] = nfqa_cfg::COPY_PACKET;
-        // Segments that the network card put together are not cut, and no checksum is computed.
-        let whole = nfqa_cfg::F_GSO.to_be_bytes();
+        let mask = nfqa_cfg::F_GSO.to_be_bytes();
+        let flags = if whole { mask } else { [0; 4] };
         let request = config(self.number, |body| {
             body.leaf(nfqa_cfg::PARAMS, &parameters)
                 .leaf(nfqa_cfg::QUEUE_MAXLEN, &packets.to_be_bytes())
-                .leaf(nfqa_cfg::MASK, &whole)
-                .leaf(nfqa_cfg::FLAGS, &whole);
+                .leaf(nfqa_cfg::MASK, &mask)
+                .leaf(nfqa_cfg::FLAGS, &flags);
         });
         match ask(&self.socket, request)? {
             None => Ok(()),
@@ -200,6 +203,8 @@ pub(super) struct Notice {
     pub interface: Option<u32>,
     /// Its size in bytes, with its IP header.
     pub length: u32,
+    /// Whether it is several packets of a flow that were put together.
+    pub together: bool,
     /// What its IP header says.
     pub header: Header,
 }
@@ -212,6 +217,7 @@ impl Notice {
             return None;
         }
         let (mut id, mut interface, mut full_length) = (None, None, None);
+        let mut together = false;
         let mut copied: &[u8] = &[];
         for attribute in Attributes::after(message.body, 4) {
             match attribute.kind {
@@ -220,6 +226,9 @@ impl Notice {
                 nfqa::IFINDEX_INDEV => interface = attribute.be32(),
                 // Only if more than what is copied was there.
                 nfqa::CAP_LEN => full_length = attribute.be32(),
+                nfqa::SKB_INFO => {
+                    together = attribute.be32().is_some_and(|it| it & nfqa::SKB_GSO != 0);
+                }
                 nfqa::PAYLOAD => copied = attribute.value,
                 _ => {}
             }
@@ -227,6 +236,7 @@ impl Notice {
         Some(Notice {
             id: id?,
             interface,
+            together,
             length: full_length.unwrap_or(copied.len() as u32),
             header: Header::read(copied),
         })
