@@ -392,3 +392,33 @@ async fn a_rehearsal_changes_nothing_for_local_programs_and_new_connections() {
     }
     pair.down().await;
 }
+
+#[tokio::test]
+async fn when_the_container_comes_home_new_connections_stay_there() {
+    let pair = Pair::up().await;
+    let (h1, h2, c1) = (pair.host(1), pair.host(2), pair.client(1));
+    let ip = h1.ip();
+    h1.run_workload("web", &["-p", "8080:7000"], &["echo", "7000"])
+        .await;
+    let (client, local) = (
+        ["client-echo", ip.as_str(), "8080"],
+        ["client-echo", "127.0.0.1", "8080"],
+    );
+    let first = [c1.spawn(&client).await, h1.spawn(&local).await];
+    let moved = pair.try_migrate("web", 1, 2, &["--forward-new"]).await;
+    assert!(moved.status.success(), "{moved}");
+    let carried = [c1.spawn(&client).await, h1.spawn(&local).await];
+    let report = pair.migrate("web", 2, 1).await;
+    pair.assert_moved("web", 2, 1, &report).await;
+    let home = [c1.spawn(&client).await, h1.spawn(&local).await];
+    for client in first.into_iter().chain(carried).chain(home) {
+        assert_went_on(&client.stop().await, 1);
+    }
+    for host in [h1, h2] {
+        let left = host
+            .sh("ls /run/livemig/forwards 2>/dev/null || true")
+            .await;
+        assert_eq!(left.text(), "", "{left}");
+    }
+    pair.down().await;
+}
