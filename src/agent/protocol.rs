@@ -63,6 +63,9 @@
 //!                                 in doubt: frozen, no process, the journal as it was
 //! ```
 //!
+//! Where the journal says no more than Prepare nothing is frozen: silence then keeps nobody waiting, and
+//! leaves the journal to `livemig recover`.
+//!
 //! A process that dies leaves its host where it was, and the journal says where; `livemig recover` goes
 //! on from there, as often as it takes:
 //!

@@ -85,10 +85,10 @@ pub fn explore(rules: &Rules) -> Explored {
     let mut place = 0;
     while place < found.len() {
         let Found { state, depth, .. } = found[place];
-        if let Some(violation) = state.violation() {
-            if violations.iter().all(|(kind, _)| *kind != violation) {
-                violations.push((violation, place));
-            }
+        if let Some(violation) = state.violation()
+            && violations.iter().all(|(kind, _)| *kind != violation)
+        {
+            violations.push((violation, place));
         }
         if state.is_terminal() {
             ends.push(place);
