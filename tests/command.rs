@@ -89,6 +89,7 @@ prepare  this host  tunnel to h2, its routing table and      remove them, unless
 prepare  h2         tunnel to this host, its routing table   remove them, unless another migration
                     and rules                                uses the tunnel
 hold     this host  packets for `web` wait, at most 65536    let them go
+                    and 256 MiB of them
 freeze   this host  its processes are frozen, its state is   thaw them
                     dumped
 freeze   this host  1 flow is marked for the tunnel          clear the marks

@@ -362,3 +362,63 @@ async fn new_connections_are_carried_after_the_container_until_that_is_stopped()
     assert_went_on(&neighbour.stop().await, 1);
     pair.down().await;
 }
+
+/// Everything of this is undone when the container stays: the connections of programs here, which
+/// were made over again, go on, and a new one reaches it as before.
+#[tokio::test]
+async fn a_rehearsal_changes_nothing_for_local_programs_and_new_connections() {
+    let pair = Pair::up().await;
+    let (h1, h2) = (pair.host(1), pair.host(2));
+    h1.run_workload("web", &["-p", "8080:7000"], &["echo", "7000"])
+        .await;
+    let loopback = ["client-echo", "127.0.0.1", "8080"];
+    let old = h1.spawn(&loopback).await;
+    let rehearsal = ["--forward-new", "--rehearse", "restore"];
+    let rehearsed = pair.try_migrate("web", 1, 2, &rehearsal).await;
+    assert!(rehearsed.status.success(), "{rehearsed}");
+    assert_eq!(
+        h1.container_state("web").await.as_deref(),
+        Some("running"),
+        "{rehearsed}"
+    );
+    let new = h1.spawn(&loopback).await;
+    assert_went_on(&old.stop().await, 1);
+    assert_went_on(&new.stop().await, 1);
+    for host in [h1, h2] {
+        let left = host.sh("ls /run/livemig/forwards 2>/dev/null; nft list tables; ls /run/livemig/hops/*.json 2>/dev/null || true");
+        let left = left.await;
+        assert!(!left.text().contains("livemig"), "{left}");
+        assert!(!left.text().contains(".json"), "{left}");
+    }
+    pair.down().await;
+}
+
+#[tokio::test]
+async fn when_the_container_comes_home_new_connections_stay_there() {
+    let pair = Pair::up().await;
+    let (h1, h2, c1) = (pair.host(1), pair.host(2), pair.client(1));
+    let ip = h1.ip();
+    h1.run_workload("web", &["-p", "8080:7000"], &["echo", "7000"])
+        .await;
+    let (client, local) = (
+        ["client-echo", ip.as_str(), "8080"],
+        ["client-echo", "127.0.0.1", "8080"],
+    );
+    let first = [c1.spawn(&client).await, h1.spawn(&local).await];
+    let moved = pair.try_migrate("web", 1, 2, &["--forward-new"]).await;
+    assert!(moved.status.success(), "{moved}");
+    let carried = [c1.spawn(&client).await, h1.spawn(&local).await];
+    let report = pair.migrate("web", 2, 1).await;
+    pair.assert_moved("web", 2, 1, &report).await;
+    let home = [c1.spawn(&client).await, h1.spawn(&local).await];
+    for client in first.into_iter().chain(carried).chain(home) {
+        assert_went_on(&client.stop().await, 1);
+    }
+    for host in [h1, h2] {
+        let left = host
+            .sh("ls /run/livemig/forwards 2>/dev/null || true")
+            .await;
+        assert_eq!(left.text(), "", "{left}");
+    }
+    pair.down().await;
+}

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 const PORT: &str = "7000";
 /// Datagrams a second: what two processors carry easily that also have to restore a container.
-const RATE: &str = "2000";
+const RATE: &str = "1000";
 /// How long each run takes, in seconds: longer than a migration.
 const SECONDS: &str = "8";
 /// What goes wrong with a datagram.

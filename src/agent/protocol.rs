@@ -42,6 +42,44 @@
 //!     └──────────────────┴───────────────────┴────────────────┘
 //!                 DELETE, or (before `running`) the source stays silent
 //! ```
+//!
+//! An agent that comes back undoes what is not `running`; what is waits for its source's word.
+//!
+//! The source's side. What stands below a state is the last decisive line of its journal:
+//!
+//! ```text
+//!          Prepared            freeze            Running          let go           commit
+//!  begun ───────────▶ prepared ──────▶ frozen ───────────▶ heard ───────▶ let go ──────────▶ gone
+//!  Prepare │          Prepare │        Restore │           Restore │      Restore,           none
+//!          │ failed           │ failed         │ refused,          │      then
+//!          │ cancel           │ cancel         │ silent,           │      Committed
+//!          │                  │                │ cancel            │ cancel
+//!          └──────────────────┴───────┬────────┴───────────────────┘
+//!                                     ▼         Undone            thaw
+//!                                  undoing ─────────────▶ undone ──────▶ as before
+//!                          DELETE,    │                                    none
+//!                          until told │ silent for a minute
+//!                                     ▼
+//!                                 in doubt: frozen, no process, the journal as it was
+//! ```
+//!
+//! Where the journal says no more than Prepare nothing is frozen: silence then keeps nobody waiting, and
+//! leaves the journal to `livemig recover`.
+//!
+//! A process that dies leaves its host where it was, and the journal says where; `livemig recover` goes
+//! on from there, as often as it takes:
+//!
+//! ```text
+//!  Committed ─────────────────────────────────────────▶ let go: commit, the old container removed
+//!  Restore ──GET──▶ running: write Committed ─────────▶ let go
+//!             ├───▶ anything else ────────────────────▶ undoing
+//!             └───▶ silent for a minute ──────────────▶ in doubt
+//!  Prepare ───────────────────────────────────────────▶ undoing
+//! ```
+//!
+//! Only `undone` leads to a thaw, and only Committed to the end of the old container: that is what keeps
+//! the copies apart. `tests/model` checks it in all the states that the two sides and the network between
+//! them can be in.
 
 use std::net::IpAddr;
 use std::str::FromStr;

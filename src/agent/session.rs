@@ -122,7 +122,7 @@ impl Sessions {
                 .map(|stem| stem.to_string_lossy().into_owned())
                 .unwrap_or_default();
             if journal.committed() {
-                remove_holds(&journal).await?;
+                let_in(&journal).await?;
                 journal.close()?;
             } else if let Some(container) = ran {
                 told.push(format!(
@@ -767,7 +767,7 @@ impl Sessions {
     /// The same for a migration that an earlier agent of this host began, or that has been committed.
     async fn commit_left_behind(&self, id: &MigrationId) -> Result<Nothing, Error> {
         if let Some(journal) = self.left_behind(id)? {
-            remove_holds(&journal).await?;
+            let_in(&journal).await?;
             journal.close()?;
         }
         Ok(Nothing {})
@@ -859,11 +859,15 @@ impl Handler for Sessions {
     }
 }
 
-/// Removes the rules by which packets waited here. When an agent ends, none wait any more.
-async fn remove_holds(journal: &Journal) -> Result<(), Error> {
+/// Removes the rules that keep packets from the container of an agent that has ended: by those of a hold
+/// none wait any more, and it may have died after Podman had restored the container and before it could
+/// open the gate.
+async fn let_in(journal: &Journal) -> Result<(), Error> {
     for effect in journal.effects() {
-        if let Effect::Hold { spec } = effect {
-            conntrack::hold::remove_rules(spec).await?;
+        match effect {
+            Effect::Hold { spec } => conntrack::hold::remove_rules(spec).await?,
+            Effect::Closed { gate } => gate.open().await?,
+            _ => {}
         }
     }
     Ok(())
@@ -915,3 +919,7 @@ pub(super) fn said<T: Serialize>(result: Result<T, Error>) -> Reply {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

@@ -29,6 +29,9 @@ pub struct Drain {
     /// How long what had arrived was waited for. This is part of the downtime.
     #[serde(rename = "arrived_ms", serialize_with = "super::report::milliseconds")]
     pub arrived: Duration,
+    /// How many datagrams the container's sockets had dropped because its programs were too slow,
+    /// from when the sockets were made until the container was frozen. No hold can help that.
+    pub dropped_before: u32,
     /// What was not read in time, and is lost.
     pub left: Vec<Undrained>,
 }
@@ -134,8 +137,7 @@ impl Drainage {
     fn look_at_datagrams(&mut self) -> Result<Vec<Undrained>> {
         let sockets = self.diagnosis.look(Kind::Udp, StateSet::ALL)?;
         let buffers = sockets.iter().filter_map(|socket| socket.receive_buffer);
-        let drops: u32 = buffers.map(|buffer| buffer.drops).sum();
-        tracing::debug!(drops, "datagrams that found no room so far");
+        self.found.dropped_before = buffers.map(|buffer| buffer.drops).sum();
         Ok(sockets.iter().filter_map(undrained).collect())
     }
 

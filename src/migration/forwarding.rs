@@ -126,17 +126,22 @@ pub(crate) async fn set(config: &Config, forwarding: &Forwarding) -> Result<()> 
 
 /// Does nothing more for new connections of the container. Those that have begun go on.
 pub(crate) async fn forget(config: &Config, container: &ContainerId) -> Result<()> {
+    erase(config, container).await?;
+    leave_hops(config, container, &BTreeSet::new())
+}
+
+/// Removes the rules and the record.
+async fn erase(config: &Config, container: &ContainerId) -> Result<()> {
     if let Some(forwarding) = of(config, container)? {
         forwarding.remove().await?;
     }
     let path = path(config, container);
     match std::fs::remove_file(&path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Error::file("remove", &path)(error));
+            Err(Error::file("remove", &path)(error))
         }
-        _ => {}
+        _ => Ok(()),
     }
-    leave_hops(config, container, &BTreeSet::new())
 }
 
 /// Undoes [`set`], [`prepare`] and [`forget`]: makes it as it was before.
@@ -148,10 +153,7 @@ pub(crate) async fn restore(
     match before {
         Some(before) => set(config, before).await,
         None => {
-            if let Some(forwarding) = of(config, container)? {
-                forwarding.remove().await?;
-            }
-            forget(config, container).await?;
+            erase(config, container).await?;
             // No connection has inherited anything: whatever was prepared was not used.
             leave_hop(config, &user(container)).await
         }

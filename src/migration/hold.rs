@@ -65,10 +65,13 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         freezer: freezer.clone(),
     });
     effects.extend(fence.clone().map(|fence| Effect::Fenced { fence }));
-    effects.push(Effect::Forwarding {
-        container: container.id.clone(),
-        before: forwarding::of(config, &container.id)?,
-    });
+    let before = forwarding::of(config, &container.id)?;
+    if before.is_some() || forwarding.is_some() {
+        effects.push(Effect::Forwarding {
+            container: container.id.clone(),
+            before,
+        });
+    }
     effects.extend([
         Effect::Steered { addresses, hop },
         destination,

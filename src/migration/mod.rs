@@ -9,6 +9,8 @@
 //! After a crash the destination's word decides: if it says that the container runs there, the
 //! migration is finished, else it is undone. So nothing has to be written to disk between "it runs"
 //! and letting the packets go.
+//!
+//! The states that this goes through are drawn in [`protocol`](crate::agent::protocol).
 
 mod agreed;
 mod arrival;

@@ -157,6 +157,18 @@ fn steps(preflight: &Preflight, request: &Request) -> Vec<Step> {
             None,
         );
     }
+    if request.forward_new {
+        for (host, change) in [
+            (
+                here,
+                "new connections to its published ports go into the tunnel",
+            ),
+            (there, "they may come out of it"),
+        ] {
+            let undo = Some("remove the rules");
+            add(Phase::Commit, host, change.to_owned(), undo);
+        }
+    }
     let from_elsewhere = preflight
         .flows
         .iter()

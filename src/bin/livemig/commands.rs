@@ -540,6 +540,14 @@ async fn flows(
             return Ok(print_json(&flows));
         }
         print!("{}", flows_table(&flows));
+        for forwarding in migration::forwardings(config)? {
+            if let Some(to) = &forwarding.to {
+                println!(
+                    "new connections to `{}` go on through hop {}",
+                    forwarding.name, to.hop
+                );
+            }
+        }
         return Ok(ExitCode::SUCCESS);
     };
     /// Clears a terminal and goes to its upper left corner (ECMA-48: ED, CUP).
