@@ -46,7 +46,7 @@ pub struct Request {
     /// destination, and could not go on with the container as it was when it was frozen.
     pub rehearse: Option<Phase>,
     /// Cancelled, the migration undoes what it has done and ends with
-    /// [`Error::RolledBack`](crate::Error::RolledBack), unless it is past its point of no return.
+    /// [`Error::RolledBack`], unless it is past its point of no return.
     pub cancel: CancellationToken,
 }
 
