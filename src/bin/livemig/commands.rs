@@ -10,13 +10,14 @@ use livemig::agent::{
     Server, Sessions, Token, Trust,
 };
 use livemig::conntrack::{Counting, Direction};
-use livemig::migration::{self, Event, Hopless, Observer, Policy};
+use livemig::migration::{self, Event, Hopless, Observer, Phase, Policy};
 use livemig::{Config, Error, Request};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::{Cli, Command, Move};
 use crate::exit;
+use crate::priority;
 use crate::progress::{Bytes, Progress, summary};
 use crate::table::Table;
 use crate::verdict;
@@ -379,7 +380,20 @@ async fn migrate(
         cancel.cancel();
     });
     let mut progress = Progress::new(json);
-    let outcome = migration::migrate(&request, &mut progress).await;
+    priority::stand_back();
+    let mut observer = |event: Event| {
+        // From here on packets wait.
+        if matches!(
+            &event,
+            Event::Started {
+                phase: Phase::Freeze
+            } | Event::RollingBack { .. }
+        ) {
+            priority::step_forward();
+        }
+        progress.observe(event);
+    };
+    let outcome = migration::migrate(&request, &mut observer).await;
     drop(progress);
     if let (Ok(report), Some(path)) = (&outcome, report_to) {
         // The container has moved: that the file cannot be written must not look as if it had not.

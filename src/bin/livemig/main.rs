@@ -3,6 +3,7 @@
 mod cli;
 mod commands;
 mod exit;
+mod priority;
 mod progress;
 mod table;
 mod verdict;
