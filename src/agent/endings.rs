@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
+use tokio::time::Instant;
 
 use crate::Result;
 use crate::conntrack::{Change, Event, Events, Table};
@@ -16,39 +17,49 @@ const TOGETHER: Duration = Duration::from_millis(200);
 /// Of a connection that is older than the listening the kernel may not tell ([`Events`]): whoever
 /// listens has to look from time to time as well.
 #[derive(Debug, Default)]
-pub(super) struct Endings(Option<Events>);
+pub(super) struct Endings {
+    events: Option<Events>,
+    /// When the first of those ended that are to be looked at together.
+    heard: Option<Instant>,
+}
 
 impl Endings {
     /// Begins to listen, or ends it: without a hop there is nothing to hear, and a host may have many
     /// connections of others.
     pub(super) fn listen(&mut self, listen: bool) {
         if !listen {
-            self.0 = None;
-        } else if self.0.is_none() {
+            *self = Endings::default();
+        } else if self.events.is_none() {
             match open() {
-                Ok(events) => self.0 = Some(events),
+                Ok(events) => self.events = Some(events),
                 Err(error) => tracing::debug!(%error, "cannot hear connections end"),
             }
         }
     }
 
     /// Waits until one has ended, or some at the same time. Without listening, for ever.
+    ///
+    /// Dropped before that, it has forgotten nothing when it is called again.
     pub(super) async fn next(&mut self) {
-        let Some(events) = &mut self.0 else {
+        let Some(events) = &mut self.events else {
             return std::future::pending().await;
         };
-        loop {
+        let heard = loop {
+            if let Some(heard) = self.heard {
+                break heard;
+            }
             match events.next().await {
                 Some(Ok(Event::Connection { entry, .. })) if !entry.mark.is_steered() => {}
-                Some(Ok(_)) => break,
+                Some(Ok(_)) => self.heard = Some(Instant::now()),
                 Some(Err(_)) | None => {
-                    self.0 = None;
+                    self.events = None;
                     return;
                 }
             }
-        }
-        tokio::time::sleep(TOGETHER).await;
+        };
+        tokio::time::sleep_until(heard + TOGETHER).await;
         while let Some(Some(_)) = events.next().now_or_never() {}
+        self.heard = None;
     }
 }
 
