@@ -487,10 +487,7 @@ impl ShortCut<'_> {
             .await?;
         // What is still on the longer path comes first.
         tokio::time::sleep(ON_ITS_WAY).await;
-        let steered = flows.iter().map(|flow| {
-            let (mark, mask) = flow.steering(Some(new));
-            (flow.entry.original, mark, mask)
-        });
+        let steered = flows.iter().map(|flow| flow.steered(Some(new)));
         migration::mark_all(steered.collect()).await?;
         if let Some(hold) = self.held.take() {
             let released = hold.release(To::Destination, Pace::Rate(Rate::default()));

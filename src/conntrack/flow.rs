@@ -151,6 +151,12 @@ impl Flow {
         )
     }
 
+    /// The same as what marks its entry: the entry, the bits and which of them to change.
+    pub fn steered(&self, hop: Option<HopId>) -> (Tuple, Mark, Mark) {
+        let (mark, mask) = self.steering(hop);
+        (self.entry.original, mark, mask)
+    }
+
     /// What marks its entry at the container's host so that the container's packets go by another
     /// hop: the entry, the bits and which of them to change.
     pub fn answering(&self, hop: HopId) -> (Tuple, Mark, Mark) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::{Leftover, Migration, forwarding, home, path};
+use super::{Leftover, Migration, flows, forwarding, path};
 use crate::Result;
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
@@ -49,7 +49,7 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
         migration.note("the way of new connections", ended);
     }
     // They do not come through here any more.
-    let forgotten = home::forget(&migration.at_home).await;
+    let forgotten = flows::forget(&migration.at_home).await;
     migration.note("the connections that went home", forgotten);
     let forgotten = path::forget_in_between(migration).await;
     migration.note("the connections that went home past others", forgotten);

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::drain::Drainage;
-use super::{Asked, Effect, Migration, forwarding, home, preflight};
+use super::{Asked, Effect, Migration, flows, forwarding, home};
 use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, HoldSpec, PortProtocol, Reserved};
 use crate::criu::Freezer;
@@ -31,7 +31,7 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     // Bound before it is written down: whoever else migrates now gets another one.
     let reserved = on_a_network.then(Reserved::first_free).transpose()?;
     let ports: Vec<_> = container.ports.iter().filter_map(held_ports).collect();
-    let tied = preflight::flows_of(container).await?;
+    let tied = flows::live(container).await?;
     let tied = tied.iter().filter(|flow| flow.is_tied_to_interface());
     let masqueraded: BTreeSet<_> = tied.map(|flow| flow.entry.original.source).collect();
     let spec = reserved.as_ref().map(|reserved| HoldSpec {

@@ -16,12 +16,10 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::Migration;
-use super::undo::unless_gone;
+use super::{Migration, flows};
 use crate::agent::Connection;
 use crate::agent::protocol::{MigrationId, Nothing};
-use crate::conntrack::{Flow, Mark, Table, Tuple};
-use crate::netlink::Namespace;
+use crate::conntrack::{Flow, Tuple};
 use crate::tunnel::HopId;
 use crate::{Error, Result};
 
@@ -32,14 +30,14 @@ pub(crate) const ON_ITS_WAY: Duration = Duration::from_millis(20);
 /// The hop by which connections of a container with these addresses leave this host, if there are
 /// any: then they began here, or came through here, and this host is their home.
 pub(crate) async fn came_from_here(addresses: &[IpAddr]) -> Result<Option<HopId>> {
-    let flows = flows(addresses).await?;
+    let flows = flows::of(addresses).await?;
     Ok(flows.iter().find_map(Flow::goes_by))
 }
 
 /// Points those of `arriving` at this host again that it has sent away, and returns which they are,
 /// by their places in the list.
 pub(crate) async fn welcome(addresses: &[IpAddr], arriving: &[Flow]) -> Result<Vec<usize>> {
-    let away: HashMap<Tuple, Flow> = flows(addresses)
+    let away: HashMap<Tuple, Flow> = flows::of(addresses)
         .await?
         .into_iter()
         .filter(|flow| flow.goes_by().is_some())
@@ -48,12 +46,11 @@ pub(crate) async fn welcome(addresses: &[IpAddr], arriving: &[Flow]) -> Result<V
     let (mut places, mut marks) = (Vec::new(), Vec::new());
     for (place, flow) in arriving.iter().enumerate() {
         if let Some(known) = away.get(&flow.seen) {
-            let (mark, mask) = known.steering(None);
             places.push(place);
-            marks.push((known.entry.original, mark, mask));
+            marks.push(known.steered(None));
         }
     }
-    mark_all(marks).await?;
+    flows::mark_all(marks).await?;
     Ok(places)
 }
 
@@ -62,17 +59,9 @@ pub(crate) async fn welcome(addresses: &[IpAddr], arriving: &[Flow]) -> Result<V
 /// Nothing but connections that were sent away can be meant. While the container is elsewhere, those
 /// that are not are the ones that were entered for its arrival; they are deleted before.
 pub(crate) async fn send_away(addresses: &[IpAddr], hop: HopId) -> Result<()> {
-    let marks = flows(addresses).await?;
-    let marks = marks.iter().filter(|flow| flow.goes_by().is_none());
-    mark_all(
-        marks
-            .map(|flow| {
-                let (mark, mask) = flow.steering(Some(hop));
-                (flow.entry.original, mark, mask)
-            })
-            .collect(),
-    )
-    .await
+    let flows = flows::of(addresses).await?;
+    let left = flows.iter().filter(|flow| flow.goes_by().is_none());
+    flows::mark_all(left.map(|flow| flow.steered(Some(hop))).collect()).await
 }
 
 /// Has the destination hold what comes for the container on the connections that it knows, and waits
@@ -98,35 +87,5 @@ pub(super) async fn release_there(migration: &mut Migration<'_>) -> Result<()> {
         .connection
         .call(Method::POST, &path, &Nothing {})
         .await?;
-    Ok(())
-}
-
-/// Forgets connections that do not come through this host any more.
-pub(crate) async fn forget(flows: &[Flow]) -> Result<()> {
-    let table = Table::open(&Namespace::current()?)?;
-    let tuples = flows.iter().map(|flow| flow.entry.original).collect();
-    for forgotten in table.delete_all(tuples).await? {
-        unless_gone(forgotten)?;
-    }
-    Ok(())
-}
-
-/// The connections of a container with these addresses that this host knows.
-pub(crate) async fn flows(addresses: &[IpAddr]) -> Result<Vec<Flow>> {
-    let table = Table::open(&Namespace::current()?)?;
-    let mut flows = Vec::new();
-    for address in addresses {
-        let entries = table.dump_container(*address).await?;
-        flows.extend(entries.iter().filter_map(|entry| entry.flow_of(*address)));
-    }
-    Ok(flows)
-}
-
-/// Changes marks; a connection may have ended meanwhile.
-pub(crate) async fn mark_all(marks: Vec<(Tuple, Mark, Mark)>) -> Result<()> {
-    let table = Table::open(&Namespace::current()?)?;
-    for marked in table.set_mark_all(marks).await? {
-        unless_gone(marked)?;
-    }
     Ok(())
 }

@@ -19,6 +19,7 @@ mod commit;
 mod drain;
 mod effect;
 mod event;
+mod flows;
 mod forwarding;
 mod freeze;
 mod hold;
@@ -50,12 +51,13 @@ pub(crate) use check::{at_destination, refuse};
 pub use drain::{Drain, Left, Undrained};
 pub use effect::{Asked, Effect, End};
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
+pub(crate) use flows::{forget, mark_all, of as flows_of};
 pub(crate) use forwarding::{
     admitted, after_arrival, at_home, no_more_from, of as forwarding_of, redirected,
     set as set_forwarding,
 };
 pub use forwarding::{forwardings, stop_forwarding};
-pub(crate) use home::{ON_ITS_WAY, came_from_here, flows as flows_of, forget, mark_all, welcome};
+pub(crate) use home::{ON_ITS_WAY, came_from_here, welcome};
 pub(crate) use hop::{
     answer_verify, connect as connect_hop, open as open_hop, tunnels, verify as verify_hop,
 };

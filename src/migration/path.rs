@@ -10,10 +10,9 @@ use std::collections::BTreeMap;
 use hyper::Method;
 use serde::Serialize;
 
-use super::home::{flows, forget};
 use super::hop::tunnels;
 use super::preflight::connect;
-use super::{Migration, forwarding, leave_idle_hops};
+use super::{Migration, flows, forwarding, leave_idle_hops};
 use crate::agent::protocol::{Expect, Forget, Introduction, Nothing, PathId, Shorten, Shortened};
 use crate::agent::{Address, DEFAULT_PORT, Limits, Peer, Peers};
 use crate::conntrack::{Flow, Tuple};
@@ -67,7 +66,7 @@ pub(super) async fn shorten(migration: &mut Migration<'_>) -> Result<()> {
     let addresses: Vec<_> = migration.preflight.container.addresses().collect();
     let through_here = migration.hop()?;
     let mut by_anchor: BTreeMap<HopId, Vec<Flow>> = BTreeMap::new();
-    for flow in flows(&addresses).await? {
+    for flow in flows::of(&addresses).await? {
         if let Some(from) = flow.came_by()
             && flow.goes_by() == Some(through_here)
         {
@@ -170,6 +169,6 @@ async fn one(migration: &mut Migration<'_>, anchor: &Peer, passing: &[Flow]) -> 
         .await
         .map_err(Error::of_host(anchor.name.as_str()))?;
     tracing::debug!(anchor = %anchor.name, flows, "they take the direct way");
-    forget(passing).await?;
+    flows::forget(passing).await?;
     forwarding::no_more_from(&config, container, &anchor.fingerprint.to_string()).await
 }

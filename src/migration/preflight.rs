@@ -5,12 +5,11 @@ use serde::Serialize;
 
 use super::check as checks;
 use super::lock::Lock;
-use super::{Clock, Event, Request};
+use super::{Clock, Event, Request, flows};
 use crate::agent::protocol::{Assessment, Offer};
 use crate::agent::{Connection, Identity, Limits, Peer, PeerName, Peers, Permission};
-use crate::conntrack::{Flow, Table};
+use crate::conntrack::Flow;
 use crate::criu::{Features, Finding, Severity};
-use crate::netlink::Namespace;
 use crate::podman::{Client, Container};
 use crate::{Config, Error, Result};
 
@@ -99,7 +98,7 @@ async fn look(
     let (host, features, flows) = futures::join!(
         podman.host(),
         Features::of_this_host(),
-        flows_of(&container)
+        flows::live(&container)
     );
     let (host, flows) = (host?, flows?);
     let mut networks = Vec::new();
@@ -142,22 +141,6 @@ pub(crate) async fn find(podman: &Client, name: &str) -> Result<Container> {
         Err(error) if error.is_not_found() => Err(Error::NoContainer(name.to_owned())),
         found => Ok(found?),
     }
-}
-
-/// The connections that a container has.
-pub(super) async fn flows_of(container: &Container) -> Result<Vec<Flow>> {
-    let table = Table::open(&Namespace::current()?)?;
-    let mut flows = Vec::new();
-    for address in container.addresses() {
-        let entries = table.dump_container(address).await?;
-        flows.extend(
-            entries
-                .iter()
-                .filter(|entry| !entry.is_over())
-                .filter_map(|entry| entry.flow_of(address)),
-        );
-    }
-    Ok(flows)
 }
 
 /// Freezing, namespaces, netlink: all of it is root's.

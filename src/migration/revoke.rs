@@ -10,12 +10,12 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::flows::all_unless_gone;
 use super::forwarding;
 use super::hop::tunnels;
 use super::journal::{Journal, JournalError, left_behind};
 use super::must_be_root;
 use super::report::Leftover;
-use super::undo::unless_gone;
 use crate::agent::{Fingerprint, Invites, Limits, PeerName, Peers, Permission};
 use crate::conntrack::{Direction, Entry, Family, Table, alias, steer};
 use crate::migration::Effect;
@@ -155,9 +155,7 @@ async fn leave(config: &Config, hop: &Hop, now: bool, revoked: &mut Revoked) -> 
     }
     // The connections first: a mark that outlives its hop would lead into the next one of that number.
     let ended = through.iter().map(|entry| entry.original).collect();
-    for ended in table.delete_all(ended).await? {
-        unless_gone(ended)?;
-    }
+    all_unless_gone(table.delete_all(ended).await?)?;
     tunnels(config).down(&hop.spec).await?;
     steer::remove(id).await?;
     alias::forget_unused(&table.dump(Family::Both).await?)?;

@@ -3,7 +3,7 @@
 //! The marks are set early, while the container is being dumped: no packet reads them until it is
 //! released, so that the release itself is all that is left to do when the destination says "running".
 
-use super::{Migration, check, home};
+use super::{Migration, check, flows, home};
 use crate::Result;
 use crate::conntrack::hold::{Pace, Rate, To};
 use crate::conntrack::{Flow, Table, alias};
@@ -19,17 +19,9 @@ pub(super) async fn mark(
     networks: &[Network],
     hop: HopId,
 ) -> Result<Vec<Flow>> {
-    let table = Table::open(&Namespace::current()?)?;
     let subnets = check::subnets(networks);
-    let mut flows = Vec::new();
-    for address in container.addresses() {
-        let entries = table.dump_container(address).await?;
-        let of_it = entries
-            .iter()
-            .filter(|entry| !entry.is_over())
-            .filter_map(|entry| entry.flow_of(address));
-        flows.extend(of_it.filter(|flow| flow.keepable(&subnets).is_ok()));
-    }
+    let mut flows = flows::live(container).await?;
+    flows.retain(|flow| flow.keepable(&subnets).is_ok());
     // One that came by this very hop goes home, and does not come back here.
     let leaving: Vec<&Flow> = flows
         .iter()
@@ -43,19 +35,11 @@ pub(super) async fn mark(
         let (mark, mask) = flow.steering(Some(hop));
         (flow.entry.clone(), mark, mask)
     });
-    let free = free.into_iter().map(|flow| {
-        let (mark, mask) = flow.steering(Some(hop));
-        (flow.entry.original, mark, mask)
-    });
+    let free = free.into_iter().map(|flow| flow.steered(Some(hop)));
+    let table = Table::open(&Namespace::current()?)?;
     let mut outcomes = table.pin_all(tied.collect()).await?;
     outcomes.extend(table.set_mark_all(free.collect()).await?);
-    for marked in outcomes {
-        match marked {
-            // It ended since it was read.
-            Err(error) if error.is_gone() => {}
-            other => other?,
-        }
-    }
+    flows::all_unless_gone(outcomes)?;
     Ok(flows)
 }
 

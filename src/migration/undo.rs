@@ -8,12 +8,12 @@ use serde::de::DeserializeOwned;
 
 use super::effect::{Asked, Effect, End};
 use super::event::{Event, Observer};
-use super::forwarding;
-use super::home::{flows, forget, mark_all, send_away};
+use super::home::send_away;
 use super::hop::tunnels;
 use super::journal::{Journal, left_behind};
 use super::preflight::{connect, peer};
 use super::report::Leftover;
+use super::{flows, forwarding};
 use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, Pace, To};
 use crate::conntrack::{self, Family, Fence, Table, alias, steer};
@@ -361,45 +361,30 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<bool> {
 
 /// Clears this hop from the marks of a container's flows.
 async fn clear_marks(addresses: &[IpAddr], hop: HopId) -> Result<()> {
-    let mut flows = flows(addresses).await?;
+    let mut flows = flows::of(addresses).await?;
     flows.retain(|flow| flow.goes_by() == Some(hop));
-    let cleared = flows.iter().map(|flow| {
-        let (mark, mask) = flow.steering(None);
-        (flow.entry.original, mark, mask)
-    });
-    mark_all(cleared.collect()).await?;
+    flows::mark_all(flows.iter().map(|flow| flow.steered(None)).collect()).await?;
     let table = Table::open(&Namespace::current()?)?;
     Ok(alias::forget_unused(&table.dump(Family::Both).await?)?)
 }
 
 /// Sends a container's flows by the hop again that they took before.
 async fn take_back(end: End, addresses: &[IpAddr], from: HopId, to: HopId) -> Result<()> {
-    let flows = flows(addresses).await?;
+    let flows = flows::of(addresses).await?;
     let marks = flows.iter().filter_map(|flow| match end {
-        End::Anchor if flow.goes_by() == Some(to) => {
-            let (mark, mask) = flow.steering(Some(from));
-            Some((flow.entry.original, mark, mask))
-        }
+        End::Anchor if flow.goes_by() == Some(to) => Some(flow.steered(Some(from))),
         End::Container if flow.came_by() == Some(to) => Some(flow.answering(from)),
         _ => None,
     });
-    mark_all(marks.collect()).await
+    flows::mark_all(marks.collect()).await
 }
 
 /// Deletes the flows that were inserted for a container that came, or was to come, through a hop.
 async fn delete_flows(addresses: &[IpAddr], hop: HopId) -> Result<()> {
     // By the way back: what began here and was sent away by the same hop is not meant.
-    let mut flows = flows(addresses).await?;
+    let mut flows = flows::of(addresses).await?;
     flows.retain(|flow| flow.came_by() == Some(hop));
-    forget(&flows).await
-}
-
-/// A connection may end at any moment.
-pub(super) fn unless_gone(result: conntrack::Result<()>) -> conntrack::Result<()> {
-    match result {
-        Err(error) if error.is_gone() => Ok(()),
-        other => other,
-    }
+    flows::forget(&flows).await
 }
 
 /// Asks the agent of a host, over a connection of its own.
