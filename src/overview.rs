@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::conntrack::{Direction, Family, Flow, Table};
-use crate::migration::{find, must_be_root, podman, tunnels};
+use crate::migration::{find, must_be_root, peer_of, podman, tunnels};
 use crate::netlink::Namespace;
 use crate::podman::ContainerId;
-use crate::tunnel::HopId;
+use crate::tunnel::{Hop, HopId};
 use crate::{Config, Result};
 
 /// A container of this host.
@@ -111,7 +111,7 @@ pub async fn flows(config: &Config, only: Option<&str>) -> Result<Vec<ListedFlow
         .registry()
         .list()?
         .into_iter()
-        .map(|hop| (hop.spec.hop, host_of(config, &hop.peer)))
+        .map(|hop| (hop.spec.hop, host_of(config, &hop)))
         .collect();
     let table = Table::open(&Namespace::current()?)?;
     let mut listed = Vec::new();
@@ -146,12 +146,8 @@ pub async fn flows(config: &Config, only: Option<&str>) -> Result<Vec<ListedFlow
     Ok(listed)
 }
 
-/// The name of the host with this fingerprint, or the fingerprint.
-fn host_of(config: &Config, fingerprint: &str) -> String {
-    let peers = crate::agent::Peers::open(&config.state_dir, &crate::agent::Limits::default());
-    let known = peers.and_then(|peers| peers.list()).unwrap_or_default();
-    known
-        .into_iter()
-        .find(|peer| peer.fingerprint.to_string() == fingerprint)
-        .map_or_else(|| fingerprint.to_owned(), |peer| peer.name.to_string())
+/// The name of the host at the other end, or its fingerprint.
+fn host_of(config: &Config, hop: &Hop) -> String {
+    let known = peer_of(config, hop).ok().flatten();
+    known.map_or_else(|| hop.peer.clone(), |peer| peer.name.to_string())
 }

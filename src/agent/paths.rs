@@ -41,9 +41,8 @@ use super::protocol::{
     Switched,
 };
 use super::session::{number, said};
-use super::{Body, Caller, Connection, Fingerprint, Identity, Limits, Peer, Peers};
+use super::{Body, Caller, Fingerprint, Limits, Peer, Peers};
 use super::{Permission, Refusal, Reply};
-use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::{Hold, HoldSpec, Pace, Rate, Reserved, To};
 use crate::conntrack::{Tuple, alias, steer};
 use crate::migration::{self, Effect, End, Hands, Journal, ON_ITS_WAY};
@@ -237,7 +236,7 @@ impl Paths {
             }
             if let Some(container) = &ask.forwards {
                 let after = migration::admitted(&self.config, container, change.old, own.hop)?;
-                change_forwarding(&self.config, &mut journal, after).await?;
+                migration::change_forwarding(&self.config, &mut journal, after).await?;
             }
             Ok(own)
         };
@@ -430,7 +429,7 @@ impl ShortCut<'_> {
         let config = self.config;
         let (id, ask, old) = (self.id, self.ask, self.old);
         let addresses = &ask.addresses;
-        let mut connection = connect(config, host).await?;
+        let mut connection = migration::connect(config, host).await?;
         let mtu = migration::tunnels(config)
             .registry()
             .get(old)?
@@ -455,7 +454,7 @@ impl ShortCut<'_> {
 
         // First, so that no new one begins on the longer way after the others were counted.
         let after = migration::redirected(config, &ask.container, old, new)?;
-        change_forwarding(config, &mut self.journal, after).await?;
+        migration::change_forwarding(config, &mut self.journal, after).await?;
         let reserved = Reserved::first_free()?;
         let spec = HoldSpec {
             hop: Some(new),
@@ -504,7 +503,7 @@ impl ShortCut<'_> {
         let (began, id) = (Instant::now(), self.id);
         loop {
             let asked = async {
-                let mut connection = connect(self.config, host).await?;
+                let mut connection = migration::connect(self.config, host).await?;
                 let path = format!("/v1/paths/{id}/end");
                 let Nothing {} = connection.call(Method::POST, &path, &Nothing {}).await?;
                 Ok::<_, Error>(())
@@ -518,30 +517,6 @@ impl ShortCut<'_> {
             tokio::time::sleep(ASK_AGAIN).await;
         }
     }
-}
-
-/// A connection to a host that may be known by what another one said of it.
-async fn connect(config: &Config, peer: &Peer) -> Result<Connection, Error> {
-    let identity = Identity::load_or_create(&config.state_dir)?;
-    let address = peer.address.as_ref();
-    let address = address.ok_or_else(|| Error::NoAddress(peer.name.clone()))?;
-    Ok(Connection::open(address, peer.fingerprint, &identity, &Limits::default()).await?)
-}
-
-/// Changes what this host does for new connections, if there is something to.
-async fn change_forwarding(
-    config: &Config,
-    journal: &mut Journal,
-    after: Option<Forwarding>,
-) -> Result<(), Error> {
-    let Some(after) = after else {
-        return Ok(());
-    };
-    journal.will([Effect::Forwarding {
-        container: after.container.clone(),
-        before: migration::forwarding_of(config, &after.container)?,
-    }])?;
-    migration::set_forwarding(config, &after).await
 }
 
 /// After a while nothing is on the other path any more, and nobody asks again.

@@ -24,7 +24,6 @@ use super::protocol::{
 use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
 use crate::bundle::vetted::{Documents, vetted};
 use crate::bundle::{self, Compression};
-use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
@@ -117,10 +116,7 @@ impl Sessions {
                     podman::Status::Created | podman::Status::Initialized
                 )
             });
-            let id = path
-                .file_stem()
-                .map(|stem| stem.to_string_lossy().into_owned())
-                .unwrap_or_default();
+            let id = migration::number_of(&path);
             if journal.committed() {
                 let_in(&journal).await?;
                 journal.close()?;
@@ -460,10 +456,8 @@ impl Sessions {
         }
         if forward {
             let container = &session.offer.container;
-            self.change_forwarding(&mut session.journal, &container.id, || {
-                migration::after_arrival(&self.config, container, own.hop).map(Some)
-            })
-            .await?;
+            let after = migration::after_arrival(&self.config, container, own.hop)?;
+            migration::change_forwarding(&self.config, &mut session.journal, Some(after)).await?;
         }
         Ok(Prepared {
             hop: own.proposal,
@@ -699,10 +693,8 @@ impl Sessions {
             )?);
         }
         // What was carried after it ends here again.
-        self.change_forwarding(&mut session.journal, &container.id, || {
-            migration::at_home(&self.config, &container.id)
-        })
-        .await?;
+        let after = migration::at_home(&self.config, &container.id)?;
+        migration::change_forwarding(&self.config, &mut session.journal, after).await?;
         let restore = ended
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -712,23 +704,6 @@ impl Sessions {
             flows: inserted,
             home,
         })
-    }
-
-    /// Changes what this host does for new connections of a container, if there is something to.
-    async fn change_forwarding(
-        &self,
-        journal: &mut Journal,
-        container: &ContainerId,
-        change: impl FnOnce() -> Result<Option<Forwarding>, Error>,
-    ) -> Result<(), Error> {
-        let Some(after) = change()? else {
-            return Ok(());
-        };
-        journal.will([Effect::Forwarding {
-            container: container.clone(),
-            before: migration::forwarding_of(&self.config, container)?,
-        }])?;
-        migration::set_forwarding(&self.config, &after).await
     }
 
     /// CRIU makes the namespace of a container without networks anew and leaves its loopback interface

@@ -102,7 +102,7 @@ pub enum Event {
         /// Which one.
         phase: Phase,
         /// How long it took.
-        #[serde(rename = "ms", serialize_with = "milliseconds")]
+        #[serde(rename = "ms", serialize_with = "super::report::milliseconds")]
         took: Duration,
     },
     /// Bytes have gone to the destination.
@@ -156,11 +156,4 @@ impl<F: FnMut(Event) + Send> Observer for F {
     fn observe(&mut self, event: Event) {
         self(event);
     }
-}
-
-fn milliseconds<S: serde::Serializer>(
-    duration: &Duration,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    serializer.serialize_f64((duration.as_secs_f64() * 1e6).round() / 1e3)
 }

@@ -12,12 +12,13 @@ use std::path::PathBuf;
 
 use hyper::Method;
 
+use super::effect::Effect;
 use super::hold::held_ports;
-use super::hop::tunnels;
+use super::hop::{peer_of, tunnels};
+use super::journal::Journal;
 use super::preflight::connect;
 use super::undo::leave_hop;
 use crate::agent::protocol::{MigrationId, Nothing};
-use crate::agent::{Limits, Peers};
 use crate::conntrack::forward::{ForwardedPorts, Forwarding, Onward};
 use crate::podman::{Container, ContainerId, Network};
 use crate::tunnel::HopId;
@@ -122,6 +123,22 @@ pub(crate) async fn set(config: &Config, forwarding: &Forwarding) -> Result<()> 
     write(config, forwarding)?;
     forwarding.install().await?;
     leave_hops(config, &forwarding.container, &forwarding.hops())
+}
+
+/// Makes this what the host does, if it is anything, and writes down first what it did before.
+pub(crate) async fn change(
+    config: &Config,
+    journal: &mut Journal,
+    after: Option<Forwarding>,
+) -> Result<()> {
+    let Some(after) = after else {
+        return Ok(());
+    };
+    journal.will([Effect::Forwarding {
+        container: after.container.clone(),
+        before: of(config, &after.container)?,
+    }])?;
+    set(config, &after).await
 }
 
 /// Does nothing more for new connections of the container. Those that have begun go on.
@@ -393,11 +410,7 @@ async fn tell_next(config: &Config, forwarding: &Forwarding) -> Result<()> {
     let Some(hop) = tunnels(config).registry().get(to.hop)? else {
         return Ok(());
     };
-    let known = Peers::open(&config.state_dir, &Limits::default())?.list()?;
-    let Some(peer) = known
-        .into_iter()
-        .find(|peer| peer.fingerprint.to_string() == hop.peer)
-    else {
+    let Some(peer) = peer_of(config, &hop)? else {
         return Ok(());
     };
     let path = format!("/v1/forwardings/{}", forwarding.container);

@@ -4,19 +4,39 @@
 //! end and sends a [`Proposal`]; the other opens its own, lets the first one in and answers with its
 //! own proposal. Both put the guard in place before they let the other in.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use hyper::Method;
 
 use crate::agent::protocol::Nothing;
-use crate::agent::{Connection, Fingerprint};
+use crate::agent::{Connection, DEFAULT_PORT, Fingerprint, Limits, Peer, Peers};
 use crate::conntrack::steer;
-use crate::tunnel::{HopId, Proposal, Tunnels};
+use crate::tunnel::{Hop, HopId, Proposal, Tunnels};
 use crate::{Config, Result};
 
 /// The tunnels of this host.
 pub(crate) fn tunnels(config: &Config) -> Tunnels {
     Tunnels::new(config.tunnel_settings())
+}
+
+/// The host at the other end of a hop, if it is still known.
+///
+/// One that has only ever called has no address of its own. Its tunnel comes from where its agent most
+/// likely is; whoever answers there has to have its key.
+pub(crate) fn peer_of(config: &Config, hop: &Hop) -> Result<Option<Peer>> {
+    let peers = Peers::open(&config.state_dir, &Limits::default())?.list()?;
+    let mut peers = peers.into_iter();
+    let known = peers.find(|peer| peer.fingerprint.to_string() == hop.peer);
+    Ok(known.map(|mut peer| {
+        let at = hop
+            .connection
+            .as_ref()
+            .map(|connection| connection.endpoint);
+        peer.address = peer
+            .address
+            .or_else(|| at.map(|endpoint| SocketAddr::new(endpoint.ip(), DEFAULT_PORT).into()));
+        peer
+    }))
 }
 
 /// An end of a hop that nobody can use yet.

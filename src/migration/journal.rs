@@ -4,6 +4,7 @@
 //! effect, so that after a crash between any two lines of code the file names at least all that there
 //! is to undo; undoing is idempotent, so naming one thing too many does no harm.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -15,6 +16,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::effect::Effect;
+use crate::Config;
 use crate::agent::protocol::MigrationId;
 
 /// More than this is no journal of ours. A migration of a hundred thousand flows needs a third.
@@ -280,6 +282,19 @@ fn sync_directory(file: &Path) -> std::io::Result<()> {
         Some(directory) => File::open(directory)?.sync_all(),
         None => Ok(()),
     }
+}
+
+/// The number of the migration whose journal this is.
+pub(crate) fn number_of(journal: &Path) -> String {
+    let stem = journal.file_stem().unwrap_or_default();
+    stem.to_string_lossy().into_owned()
+}
+
+/// The numbers of the migrations, from this host and to it, that have a journal: that have not ended.
+pub(super) fn under_way(config: &Config) -> Result<BTreeSet<String>, JournalError> {
+    let mut journals = left_behind(&config.outgoing_dir())?;
+    journals.extend(left_behind(&config.incoming_dir())?);
+    Ok(journals.iter().map(|path| number_of(path)).collect())
 }
 
 /// The journals that lie in a directory, oldest first.

@@ -53,19 +53,20 @@ pub use effect::{Asked, Effect, End};
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
 pub(crate) use flows::{forget, mark_all, of as flows_of};
 pub(crate) use forwarding::{
-    admitted, after_arrival, at_home, no_more_from, of as forwarding_of, redirected,
-    set as set_forwarding,
+    admitted, after_arrival, at_home, change as change_forwarding, no_more_from,
+    of as forwarding_of, redirected,
 };
 pub use forwarding::{forwardings, stop_forwarding};
 pub(crate) use home::{ON_ITS_WAY, came_from_here, welcome};
 pub(crate) use hop::{
-    answer_verify, connect as connect_hop, open as open_hop, tunnels, verify as verify_hop,
+    answer_verify, connect as connect_hop, open as open_hop, peer_of, tunnels, verify as verify_hop,
 };
+pub(crate) use journal::number_of;
 pub use journal::{Journal, JournalError, left_behind};
 pub use path::Path;
 pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};
-pub(crate) use preflight::{find, podman};
+pub(crate) use preflight::{connect, find, podman};
 pub(crate) use prepare::mtu;
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};

@@ -10,11 +10,11 @@ use std::collections::BTreeMap;
 use hyper::Method;
 use serde::Serialize;
 
-use super::hop::tunnels;
+use super::hop::{peer_of, tunnels};
 use super::preflight::connect;
 use super::{Migration, flows, forwarding, leave_idle_hops};
+use crate::agent::Peer;
 use crate::agent::protocol::{Expect, Forget, Introduction, Nothing, PathId, Shorten, Shortened};
-use crate::agent::{Address, DEFAULT_PORT, Limits, Peer, Peers};
 use crate::conntrack::{Flow, Tuple};
 use crate::tunnel::{Hop, HopId};
 use crate::{Error, Result};
@@ -114,22 +114,7 @@ pub(super) async fn shorten(migration: &mut Migration<'_>) -> Result<()> {
 
 /// The host at the other end of a hop.
 fn anchor(migration: &Migration<'_>, hop: &Hop) -> Result<Peer> {
-    let config = &migration.request.config;
-    let peers = Peers::open(&config.state_dir, &Limits::default())?;
-    let known = peers.list()?;
-    let mut anchor = known
-        .into_iter()
-        .find(|peer| peer.fingerprint.to_string() == hop.peer)
-        .ok_or_else(|| Error::NoHop(hop.peer.clone()))?;
-    if anchor.address.is_none()
-        && let Some(connection) = &hop.connection
-    {
-        // It has only ever called. Its tunnel comes from where its agent most likely is; whoever
-        // answers there has to have its key.
-        let at = std::net::SocketAddr::new(connection.endpoint.ip(), DEFAULT_PORT);
-        anchor.address = Some(Address::from(at));
-    }
-    Ok(anchor)
+    peer_of(&migration.request.config, hop)?.ok_or_else(|| Error::NoHop(hop.peer.clone()))
 }
 
 fn introduction(peer: &Peer) -> Result<Introduction> {

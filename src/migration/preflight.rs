@@ -173,7 +173,7 @@ pub(super) fn peer(config: &Config, name: &str) -> Result<Peer> {
 }
 
 /// A connection to the agent of a host.
-pub(super) async fn connect(config: &Config, peer: &Peer) -> Result<Connection> {
+pub(crate) async fn connect(config: &Config, peer: &Peer) -> Result<Connection> {
     let identity = Identity::load_or_create(&config.state_dir)?;
     let address = peer
         .address

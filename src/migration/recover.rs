@@ -6,7 +6,7 @@ use super::commit;
 use super::effect::{Asked, Effect};
 use super::event::Observer;
 use super::forwarding;
-use super::journal::{Journal, JournalError, left_behind};
+use super::journal::{Journal, JournalError, left_behind, number_of};
 use super::lock::Lock;
 use super::preflight::{must_be_root, podman};
 use super::report::Leftover;
@@ -39,10 +39,6 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
             Err(JournalError::InUse { .. }) => continue,
             journal => journal?,
         };
-        let migration = path
-            .file_stem()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default();
         let mut hands = Hands::new(config.clone(), podman(config)?);
         hands.unsure = true;
         if !journal.committed() && runs_elsewhere(&hands, &journal).await? {
@@ -64,7 +60,7 @@ pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec
             journal.close()?;
         }
         recovered.push(Recovered {
-            migration,
+            migration: number_of(&path),
             finished,
             leftovers,
         });

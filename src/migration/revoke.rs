@@ -6,14 +6,12 @@
 //! cut off. Migrations from it that have only prepared something are undone by this host's agent,
 //! which notices that their source is not known any more.
 
-use std::path::Path;
-
 use serde::Serialize;
 
 use super::flows::all_unless_gone;
 use super::forwarding;
 use super::hop::tunnels;
-use super::journal::{Journal, JournalError, left_behind};
+use super::journal::{Journal, JournalError, left_behind, number_of, under_way};
 use super::must_be_root;
 use super::report::Leftover;
 use crate::agent::{Fingerprint, Invites, Limits, PeerName, Peers, Permission};
@@ -144,7 +142,8 @@ async fn leave(config: &Config, hop: &Hop, now: bool, revoked: &mut Revoked) -> 
             revoked.forwardings.push(carried.name);
         }
     }
-    revoked.migrations = under_way(config, hop)?;
+    let under_way = under_way(config)?;
+    revoked.migrations = hop.users.intersection(&under_way).cloned().collect();
     let table = Table::open(&Namespace::current()?)?;
     let entries = table.dump(Family::Both).await?;
     let through: Vec<&Entry> = entries.iter().filter(|it| it.mark.uses(id)).collect();
@@ -179,7 +178,7 @@ fn describe(entry: &Entry, hop: HopId) -> String {
 fn going_to(config: &Config, name: &PeerName, hop: Option<&Hop>) -> Result<Vec<String>> {
     let mut migrations = Vec::new();
     for path in left_behind(&config.outgoing_dir())? {
-        let number = stem(&path);
+        let number = number_of(&path);
         let goes_there = match Journal::open(&path) {
             Ok(journal) => journal.effects().iter().any(|effect| {
                 matches!(effect, Effect::Destination { peer, .. } if peer == name.as_str())
@@ -193,20 +192,4 @@ fn going_to(config: &Config, name: &PeerName, hop: Option<&Hop>) -> Result<Vec<S
         }
     }
     Ok(migrations)
-}
-
-/// The migrations through a hop, from here or to here, that have not ended.
-fn under_way(config: &Config, hop: &Hop) -> Result<Vec<String>> {
-    let mut journals = left_behind(&config.outgoing_dir())?;
-    journals.extend(left_behind(&config.incoming_dir())?);
-    let numbers = journals.iter().map(|path| stem(path));
-    Ok(numbers
-        .filter(|number| hop.users.contains(number))
-        .collect())
-}
-
-/// The number of the migration whose journal this is.
-fn stem(journal: &Path) -> String {
-    let stem = journal.file_stem().unwrap_or_default();
-    stem.to_string_lossy().into_owned()
 }

@@ -10,7 +10,7 @@ use super::effect::{Asked, Effect, End};
 use super::event::{Event, Observer};
 use super::home::send_away;
 use super::hop::tunnels;
-use super::journal::{Journal, left_behind};
+use super::journal::{Journal, under_way};
 use super::preflight::{connect, peer};
 use super::report::Leftover;
 use super::{flows, forwarding};
@@ -332,13 +332,7 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<bool> {
     if hops.is_empty() {
         return Ok(false);
     }
-    let mut journals = left_behind(&config.outgoing_dir())?;
-    journals.extend(left_behind(&config.incoming_dir())?);
-    let under_way = |user: &str| {
-        journals
-            .iter()
-            .any(|journal| journal.file_stem().is_some_and(|stem| stem == user))
-    };
+    let under_way = under_way(config)?;
     let entries = Table::open(&Namespace::current()?)?
         .dump(Family::Both)
         .await?;
@@ -348,7 +342,7 @@ pub(crate) async fn leave_idle_hops(config: &Config) -> Result<bool> {
         if entries.iter().any(|entry| entry.mark.uses(id)) {
             continue;
         }
-        for user in hop.users.iter().filter(|user| !under_way(user)) {
+        for user in hop.users.difference(&under_way) {
             // Others than migrations know by themselves when they are done with it.
             if user.parse::<MigrationId>().is_ok() && tunnels.registry().release(id, user)? {
                 tracing::debug!(hop = %id, "no connection uses it any more");
