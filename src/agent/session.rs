@@ -70,8 +70,6 @@ struct Session {
     hop: Option<HopId>,
     journal: Journal,
     heard_of: Instant,
-    /// How many flows came along.
-    flows: usize,
     /// The hop by which connections of this container left this host: it comes home.
     away: Option<HopId>,
     /// What keeps their packets until the source lets go.
@@ -385,7 +383,6 @@ impl Sessions {
             hop: None,
             journal,
             heard_of: Instant::now(),
-            flows: 0,
             away: None,
             hold: None,
             intake: None,
@@ -491,9 +488,7 @@ impl Sessions {
             return Err(Error::OutOfOrder("running container"));
         }
         if let Some(hold) = session.hold.take() {
-            let pid = self.podman.inspect(session.offer.container.id.as_str());
-            let pid = pid.await?.pid.ok_or(Error::OutOfOrder("process"))?;
-            let pace = Pace::Sockets(Namespace::of_pid(pid)?);
+            let pace = Pace::Sockets(self.namespace_of(&session.offer.container.id).await?);
             // The source does not wait until the last of many datagrams has been read.
             tokio::spawn(async move {
                 let released = hold.release(To::Destination, pace).await;
@@ -570,7 +565,6 @@ impl Sessions {
         match restored {
             Ok(running) => {
                 session.stage = Stage::Running;
-                session.flows = running.flows;
                 session.heard_of = Instant::now();
                 tracing::info!(migration = %id, container = %session.offer.container.id, "the container runs");
                 Ok(running)
@@ -687,10 +681,7 @@ impl Sessions {
         }
         gate(&container).open().await?;
         if let Some(intake) = &session.intake {
-            let pid = self.podman.inspect(container.id.as_str()).await?.pid;
-            intake.open(&Namespace::of_pid(
-                pid.ok_or(Error::OutOfOrder("process"))?,
-            )?);
+            intake.open(&self.namespace_of(&container.id).await?);
         }
         // What was carried after it ends here again.
         let after = migration::at_home(&self.config, &container.id)?;
@@ -709,11 +700,16 @@ impl Sessions {
     /// CRIU makes the namespace of a container without networks anew and leaves its loopback interface
     /// off; where there is a network, Podman has switched it on.
     async fn switch_on_loopback(&self, id: &ContainerId) -> Result<(), Error> {
-        let pid = self.podman.inspect(id.as_str()).await?.pid;
-        let namespace = Namespace::of_pid(pid.ok_or(Error::OutOfOrder("process"))?)?;
+        let namespace = self.namespace_of(id).await?;
         tokio::task::spawn_blocking(move || tunnel::switch_on_loopback(&namespace))
             .await
             .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    }
+
+    /// The network namespace of a container that runs here.
+    async fn namespace_of(&self, id: &ContainerId) -> Result<Namespace, Error> {
+        let pid = self.podman.inspect(id.as_str()).await?.pid;
+        Ok(Namespace::of_pid(pid.ok_or(Error::OutOfOrder("process"))?)?)
     }
 
     /// The source has let go: from now on the container is this host's.
