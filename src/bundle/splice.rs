@@ -19,8 +19,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 
-use super::archive::{self, Head, Step, Walker};
+use super::archive::{self, Head};
 use super::transfer::until_error;
+use super::walker::{self, Step, Walker};
 use super::{DeltaFile, Error, Result};
 
 /// The name under which Podman's import looks for an archive of changed files.
@@ -135,7 +136,10 @@ fn deleted_files(paths: &[String]) -> Vec<u8> {
 }
 
 /// The first `length` bytes of a file, read beside the runtime's threads.
-fn content(file: std::fs::File, length: u64) -> impl Stream<Item = Result<Bytes>> + Send {
+pub(super) fn content(
+    file: std::fs::File,
+    length: u64,
+) -> impl Stream<Item = Result<Bytes>> + Send {
     stream::try_unfold((file, 0), move |(mut file, done)| async move {
         if done >= length {
             return Ok(None);
@@ -208,7 +212,7 @@ fn empty_shm(archive: &[u8]) -> Option<std::ops::Range<usize>> {
         let end = header[..100].iter().position(|byte| *byte == 0);
         header[..end.unwrap_or(100)].to_vec()
     };
-    let number = |header: &[u8], from: usize, to: usize| archive::octal(&header[from..to]);
+    let number = |header: &[u8], from: usize, to: usize| walker::octal(&header[from..to]);
     let mut begin = 0;
     loop {
         let header = archive.get(begin..begin + BLOCK)?;
