@@ -33,7 +33,7 @@ pub use error::Error;
 pub use header::{beheaded, headed};
 pub use images::{images, write_images};
 pub use scan::Pace;
-pub use splice::{Captured, spliced, watched};
+pub use splice::{Captured, spliced, watched, without_volumes};
 pub use transfer::{Compression, Digest, Progress, receive, send};
 
 /// What the functions of this module return.
