@@ -668,8 +668,7 @@ impl Sessions {
             Some(shell) => {
                 let changes = shell.take_images(archive).await?;
                 let volumes = session.volumes.clone();
-                let limits = self.config.arrivals.limits();
-                shell.bring_in(changes, volumes, limits).await?;
+                shell.bring_in(changes, volumes).await?;
                 let ended = Instant::now();
                 // Both run to their ends: what one of them has made is undone only when it is there.
                 let (restored, intake) = futures::join!(shell.restore(), start(intake));
@@ -776,10 +775,7 @@ impl Sessions {
     async fn take_files(&self, session: &Session, body: Body) -> Result<Nothing, Error> {
         let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
         let (changes, _) = bundle::receive(body, Compression::None, CONTAINER);
-        let limits = self.config.arrivals.limits();
-        shell
-            .bring_in(changes, session.volumes.clone(), limits)
-            .await?;
+        shell.bring_in(changes, session.volumes.clone()).await?;
         Ok(Nothing {})
     }
 

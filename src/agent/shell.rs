@@ -13,7 +13,7 @@ use futures::{Stream, TryStreamExt};
 use tokio::task::JoinHandle;
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use crate::bundle::{self, TreeId};
+use crate::bundle::{self, Limits, TreeId};
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::dump::CriuOptions;
 use crate::runtime::{Arrived, Invocation, Outcome, Rendezvous};
@@ -88,7 +88,6 @@ impl Shell {
         &self,
         changes: S,
         volumes: BTreeMap<String, PathBuf>,
-        limits: bundle::Limits,
     ) -> Result<(), Error>
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send,
@@ -98,6 +97,11 @@ impl Shell {
             TreeId::Rootfs => Some(trees.rootfs.clone()),
             TreeId::Shm => Some(trees.shm.clone()),
             TreeId::Volume(name) => volumes.get(name).cloned(),
+        };
+        let limits = Limits {
+            // What a node gives access to is for the container's cgroup to say, as in any image.
+            devices: true,
+            ..Limits::default()
         };
         bundle::apply(changes, place, limits).await?;
         Ok(())
