@@ -3,7 +3,7 @@
 //! A destination that is prepared while the container still runs has its files as they were then.
 //! [`Mirror`] stays at the source and knows what that was: each round writes what has changed since
 //! the one before, the first writes everything. What is not needed any more is said to be removed.
-//! The destination brings each round into the trees that it has ([`apply`](super::apply)).
+//! The destination brings each round into the trees that it has ([`apply`](mod@super::apply)).
 //!
 //! ```no_run
 //! # use std::path::PathBuf;
@@ -29,11 +29,13 @@
 //! # What a round costs
 //! One question to the kernel for each name, and the content of what has changed. A file whose
 //! content or times have changed is sent whole, however little of it that was; holes are not sent.
-//! In trees on a `tmpfs` all content is read (not sent), see [`scan`](super::scan).
+//! In trees on a `tmpfs` all content is read (not sent), since times there do not tell of changes
+//! through a mapping.
 //!
 //! # What the first round presumes
-//! That the root file system at the destination is as the image made it, and is given to nobody else
-//! than [`apply`](super::apply). Volumes and `/dev/shm` are emptied first, whatever is in them.
+//! That the root file system at the destination is as the image made it: what somebody else has put
+//! there before, and the container has removed since, stays. Volumes and `/dev/shm` are emptied
+//! first, whatever is in them.
 
 use std::fmt;
 use std::fs::File;

@@ -1,6 +1,6 @@
 //! The files that a container changed, in the form that Podman's import applies.
 //!
-//! Which they are, [`scan`](super::scan) finds out.
+//! Which they are, `scan` finds out.
 //!
 //! # What is written
 //! Podman untars `rootfs-diff.tar` over the mounted root file system, *then* removes what
