@@ -37,6 +37,7 @@
 //! there before, and the container has removed since, stays. Volumes and `/dev/shm` are emptied
 //! first, whatever is in them.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::future::Future;
@@ -51,7 +52,7 @@ use tokio::sync::mpsc;
 use super::content::COPY;
 use super::delta::{Layers, Summary, unnamed_file};
 use super::entries::{Form, Writer};
-use super::scan::{Pace, Place, Snapshot, scan};
+use super::scan::{Pace, Place, Snapshot, now, scan};
 use super::tree::Tree;
 use super::{Error, Result, archive, splice};
 
@@ -208,10 +209,20 @@ impl Mirror {
     /// [`Error::Read`] if something cannot be read, [`Error::TooManyEntries`] beyond four million
     /// names in one tree, [`Error::Write`] if `out` fails.
     pub fn write(mut self, pace: Pace, mut out: impl Write) -> Result<Round> {
-        let mut total = Summary::default();
-        for (source, sent) in &mut self.trees {
+        let began = now();
+        let mut places = Vec::new();
+        let mut flushed = HashSet::new();
+        for (source, _) in &self.trees {
             let place = source.open()?;
-            let mut found = scan(&place, sent.as_ref(), pace)?;
+            let changing = place.changing();
+            if pace == Pace::Running && flushed.insert(changing.device()?) {
+                changing.flush()?;
+            }
+            places.push(place);
+        }
+        let mut total = Summary::default();
+        for ((source, sent), place) in self.trees.iter_mut().zip(&places) {
+            let mut found = scan(place, sent.as_ref(), began)?;
             let prefix = source.id.prefix();
             let mut writer = Writer::new(&place.view, Form::Own { tree: &prefix });
             writer.summary.skipped = found.skipped;
