@@ -12,6 +12,10 @@
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  PUT  /v1/migrations/ID/shell   bytes ──────────▶  only with the direct engine: Podman makes
 //!    │  ◀───────────────────────────────────── Nothing    the container, all but its processes
+//!    │  PUT  .../files     what they changed ──────────▶  again and again
+//!    │  ◀───────────────────────────────────── Nothing
+//!    │  PUT  .../standby    images so far ─────────────▶  the runtime runs up to CRIU
+//!    │  ◀───────────────────────────────────── Nothing
 //!    │              ── hold, freeze: the downtime begins ──
 //!    │  POST /v1/migrations/ID/hold    ────────────────▶  only if the container comes home: what
 //!    │  ◀───────────────────────────────────── Nothing    comes for it waits there, not here
