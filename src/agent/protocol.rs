@@ -238,6 +238,12 @@ pub struct Flows {
 pub struct Running {
     /// From the last byte received to the container running.
     pub restore: Duration,
+    /// The last part of that: packets are let in to it.
+    #[serde(default)]
+    pub admit: Duration,
+    /// How long entering its flows took, before.
+    #[serde(default)]
+    pub insert: Duration,
     /// How many flows were inserted.
     pub flows: usize,
     /// Which of the flows were known there and end there again, by their places in the list.

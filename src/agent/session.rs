@@ -663,6 +663,7 @@ impl Sessions {
             effects.push(restored(&container));
         }
         session.journal.will(effects)?;
+        let began = Instant::now();
         let home = match session.away {
             Some(_) => migration::welcome(&addresses, &flows).await?,
             None => Vec::new(),
@@ -679,6 +680,7 @@ impl Sessions {
             result?;
             inserted += 1;
         }
+        let insert = began.elapsed();
         let ended = match &mut session.shell {
             Some(shell) => {
                 let changes = shell.take_images(archive).await?;
@@ -701,6 +703,7 @@ impl Sessions {
             .namespace
             .clone()
             .ok_or(Error::OutOfOrder("namespace"))?;
+        let runs = Instant::now();
         if container.networks.is_empty() {
             switch_on_loopback(&namespace).await?;
         }
@@ -713,6 +716,8 @@ impl Sessions {
         migration::change_forwarding(&self.config, &mut session.journal, after).await?;
         Ok(Running {
             restore: ended.elapsed(),
+            admit: runs.elapsed(),
+            insert,
             flows: inserted,
             home,
         })

@@ -15,9 +15,12 @@ use hyper::{HeaderMap, Method};
 use tokio_util::sync::CancellationToken;
 
 use super::shell::Shell;
-use super::{Migration, steer};
+use super::undo::blocking;
+use super::{Migration, Part, steer};
 use crate::agent::protocol::{MigrationId, Nothing};
 use crate::bundle::{self, Changes, Compression, DeltaFile, Layers, Pace};
+use crate::conntrack::Fence;
+use crate::conntrack::forward::Forwarding;
 use crate::criu::pages::Layout;
 use crate::criu::pages::relay;
 use crate::podman::{CheckpointOptions, Chunks, Client, Container, FailureLog, failure_log};
@@ -46,13 +49,25 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
         .ok_or(Error::OutOfOrder("freezer"))?;
     let within = migration.request.config.freeze_timeout;
     freezer.freeze(within).await?;
-    if let Some(fence) = &migration.fence {
-        fence.install()?;
-    }
+    migration.downtime.part(Part::Freeze);
 
     let hop = migration.hop()?;
     let container = &migration.preflight.container;
-    let mark = steer::mark(container, &migration.preflight.offer.networks, hop);
+    let fence = migration.fence.clone();
+    let forwarding = migration.forwarding.clone();
+    let mark = async {
+        // Before its kernel sends anything once more, for which it takes 40 ms and longer.
+        let fenced = blocking(move || {
+            fence.as_ref().map_or(Ok(()), Fence::install)?;
+            // These come to effect with the first packet that is let go.
+            fence.as_ref().map_or(Ok(()), Fence::refuse)?;
+            forwarding.as_ref().map_or(Ok(()), Forwarding::switch)
+        });
+        let marked = steer::mark(container, &migration.preflight.offer.networks, hop);
+        let (fenced, marked) = futures::join!(fenced, marked);
+        fenced?;
+        marked
+    };
     // All run to their ends, also when one fails: a mark that is about to be set must not come
     // after it was undone.
     let (frozen, flows) = match &mut migration.shell {
@@ -92,6 +107,7 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     };
     migration.flows = flows?;
     migration.frozen = Some(frozen?);
+    migration.downtime.part(Part::Dump);
     Ok(())
 }
 
