@@ -23,6 +23,9 @@
 //!    │       Flows, then the container as it is dumped ▶
 //!    │  ◀───────────────────────────────────── Running    the one round trip of the downtime
 //!    │              ── release: the downtime ends ──
+//!    │  POST /v1/migrations/ID/lazy     (with post-copy: asked before the restore, and open until all is
+//!    │       pages ───────────────────────────────────▶   there) what the container touches, and then
+//!    │  ◀────────────────────────────── wanted addresses  all the rest
 //!    │  POST /v1/migrations/ID/release ────────────────▶  what waited there goes to the container
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
@@ -211,6 +214,9 @@ pub struct Prepare {
     pub offer: Offer,
     /// The source's end of the hop.
     pub hop: tunnel::Proposal,
+    /// Whether memory is fetched when the container runs already.
+    #[serde(default)]
+    pub post_copy: bool,
     /// Whether new connections for the container will come through the hop, too.
     #[serde(default)]
     pub forward: bool,

@@ -14,8 +14,9 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use hyper::{Method, Request, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
+use tokio::net::UnixStream;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::endings::Endings;
@@ -25,7 +26,9 @@ use super::protocol::{
     Status, Undone,
 };
 use super::shell::Shell;
-use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
+use super::{
+    Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, ReplyBody, reply,
+};
 use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
@@ -82,6 +85,8 @@ struct Session {
     hold: Option<Hold>,
     /// The container without its processes, with the direct engine.
     shell: Option<Shell>,
+    /// Whether memory is fetched when the container runs.
+    post_copy: bool,
     /// Where the container's volumes are here, by name.
     volumes: BTreeMap<String, PathBuf>,
     /// The network namespace of the container that runs.
@@ -335,6 +340,14 @@ impl Sessions {
                 session.heard_of = Instant::now();
                 said(ready)
             }
+            (&Method::POST, ["v1", "migrations", id, "lazy"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let source = source_of_memory(&mut *session.lock().await);
+                match source {
+                    Ok(source) => Ok(between(source, body)),
+                    Err(error) => said::<Nothing>(Err(error)),
+                }
+            }
             (&Method::PUT, ["v1", "migrations", id, "pages"]) => {
                 let (_, session) = self.find(&caller, id)?;
                 let mut session = session.lock().await;
@@ -412,6 +425,7 @@ impl Sessions {
         let Prepare {
             offer,
             hop,
+            post_copy,
             forward,
         } = prepare;
         // From here on whoever wants it undone waits for this to end: a source that has crashed and
@@ -427,6 +441,7 @@ impl Sessions {
             away: None,
             hold: None,
             shell: None,
+            post_copy,
             volumes: BTreeMap::new(),
             namespace: None,
             intake: None,
@@ -834,7 +849,16 @@ impl Sessions {
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
         let (archive, verdict) = self.judged(session, content.boxed())?;
         let within = self.config.shell_timeout;
-        let made = Shell::make(&self.podman, archive, &rendezvous, staging, within).await;
+        let post_copy = session.post_copy;
+        let made = Shell::make(
+            &self.podman,
+            archive,
+            &rendezvous,
+            staging,
+            post_copy,
+            within,
+        );
+        let made = made.await;
         match (made, verdict.reason()) {
             (Ok(shell), _) => {
                 session.shell = Some(shell);
@@ -998,6 +1022,24 @@ async fn let_in(journal: &Journal) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Where the memory of a container comes from that is fetched when it runs.
+fn source_of_memory(session: &mut Session) -> Result<UnixStream, Error> {
+    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    shell.source()
+}
+
+/// Passes on what a request brings to a socket, and what comes out of that as the answer.
+fn between(socket: UnixStream, body: Body) -> Response<ReplyBody> {
+    let (out, mut into) = socket.into_split();
+    tokio::spawn(async move {
+        let mut body = StreamReader::new(body.map_err(std::io::Error::other));
+        if let Err(error) = tokio::io::copy(&mut body, &mut into).await {
+            tracing::warn!(%error, "memory does not come any more");
+        }
+    });
+    reply::stream(ReaderStream::new(out))
 }
 
 /// Takes the memory of the container that waits for its processes.

@@ -4,12 +4,17 @@
 //! in the end are CRIU's images, with which the real runtime is run.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{Stream, TryStreamExt};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 use tokio_util::io::{ReaderStream, StreamReader};
 
@@ -34,6 +39,12 @@ pub(super) struct Shell {
     standby: Option<OnItsMark>,
     /// Podman's own account of the restore.
     restoring: JoinHandle<podman::Result<Restored>>,
+    /// Whether memory is fetched when the container runs.
+    post_copy: bool,
+    /// Where the memory comes from then.
+    source: Option<UnixStream>,
+    /// What fetches it.
+    fetching: Option<Child>,
     trees: Trees,
     images: PathBuf,
     work: PathBuf,
@@ -57,6 +68,7 @@ impl Shell {
         archive: S,
         rendezvous: &Rendezvous,
         staging: (PathBuf, PathBuf),
+        post_copy: bool,
         within: Duration,
     ) -> Result<Shell, Error>
     where
@@ -80,6 +92,9 @@ impl Shell {
                     trees: Trees::of(runtime.invocation())?,
                     runtime: Some(runtime),
                     standby: None,
+                    post_copy,
+                    source: None,
+                    fetching: None,
                     restoring,
                     images,
                     work,
@@ -165,12 +180,20 @@ impl Shell {
             .take()
             .ok_or(Error::OutOfOrder("waiting runtime"))?;
         // A page that has been read is not needed any more: there is never a second copy of them all.
-        let options = [CriuOption::PacketsAreHeld, CriuOption::GiveImagesBack];
+        let memory = match self.post_copy {
+            true => CriuOption::LazyPages,
+            false => CriuOption::GiveImagesBack,
+        };
+        let options = [CriuOption::PacketsAreHeld, memory];
         let standby = Standby::open(config, &self.work, Verb::Restore, &options)?;
-        let call = runtime.invocation().clone();
-        let call = call
+        let mut call = runtime
+            .invocation()
+            .clone()
             .with_image_path(&self.images)
             .with_work_path(&self.work);
+        if self.post_copy {
+            call = call.lazily(runtime.program());
+        }
         let program = runtime.program().display().to_string();
         let environment = standby.environment();
         let mut runtime = tokio::spawn(async move { runtime.run(&call, environment).await });
@@ -195,6 +218,9 @@ impl Shell {
     /// # Errors
     /// [`Error::Restore`] with what CRIU says.
     pub async fn restore(&mut self) -> Result<u32, Error> {
+        if let Some(source) = self.source.take() {
+            self.fetching = Some(self.fetch(source).await?);
+        }
         let standby = self.standby.take();
         let OnItsMark {
             program,
@@ -210,6 +236,59 @@ impl Shell {
                 ..
             } => Ok(went.map(|_| pid)?),
             Outcome { status, .. } => Err(self.failed(program, status)),
+        }
+    }
+
+    /// Opens the way by which memory comes from the source: what is written there is what the source sends,
+    /// and what is read is what the container wants.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] where none is wanted; when the system has no sockets left.
+    pub fn source(&mut self) -> Result<UnixStream, Error> {
+        if !self.post_copy || self.source.is_some() || self.fetching.is_some() {
+            return Err(Error::OutOfOrder("post-copy"));
+        }
+        let (ours, criu) = UnixStream::pair().map_err(crate::criu::Error::Relay)?;
+        self.source = Some(criu);
+        Ok(ours)
+    }
+
+    /// Starts what gives the container its memory (criu(8), `lazy-pages`), and waits until it is ready.
+    async fn fetch(&self, source: UnixStream) -> Result<Child, Error> {
+        let start = |source| runtime::Error::Start {
+            program: "criu".into(),
+            source,
+        };
+        let source = source.into_std().map_err(start)?;
+        // CRIU waits for what it reads.
+        source.set_nonblocking(false).map_err(start)?;
+        let mut criu = Command::new("criu")
+            .args([
+                "lazy-pages",
+                "--page-server",
+                "--ps-socket",
+                "0",
+                "--status-fd",
+                "1",
+            ])
+            .args(["-o", "lazy-pages.log", "-v2", "-D"])
+            .arg(&self.images)
+            .arg("-W")
+            .arg(&self.work)
+            .current_dir(&self.work)
+            .stdin(OwnedFd::from(source))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(start)?;
+        let mut ready = criu.stdout.take().ok_or(Error::OutOfOrder("pipe"))?;
+        let mut byte = [0];
+        match tokio::time::timeout(LAST_WORDS, ready.read_exact(&mut byte)).await {
+            Ok(Ok(_)) => Ok(criu),
+            _ => {
+                let status = criu.wait().await.map_err(start)?;
+                Err(self.failed("criu lazy-pages".to_owned(), status.to_string()))
+            }
         }
     }
 
@@ -232,6 +311,17 @@ impl Shell {
     /// What Podman says if it has not.
     pub async fn recorded(self) -> Result<(), Error> {
         joined(self.restoring.await)?;
+        if let Some(mut criu) = self.fetching {
+            let status = criu.wait().await.map_err(runtime::Error::Lost)?;
+            if !status.success() {
+                return Err(runtime::Error::Failed {
+                    program: "criu lazy-pages".to_owned(),
+                    status: status.to_string(),
+                    said: format!("see {}", self.work.join("lazy-pages.log").display()),
+                }
+                .into());
+            }
+        }
         Ok(())
     }
 

@@ -65,6 +65,10 @@ codes! {
     KernelOlderAtDestination = "kernel-older-at-destination",
     /// The engine that was asked for is not set up.
     EngineUnavailable = "engine-unavailable",
+    /// Memory cannot be fetched after the move.
+    PostCopyUnavailable = "post-copy-unavailable",
+    /// A container whose memory is fetched after the move depends on both hosts until it is there.
+    PostCopyRisk = "post-copy-risk",
     /// livemig or Podman does not run as root.
     Rootless = "rootless",
 

@@ -9,22 +9,27 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::StreamExt;
 use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 use hyper::{HeaderMap, Method};
+use tokio_util::io::{ReaderStream, StreamReader};
 use tokio_util::sync::CancellationToken;
 
 use super::shell::Shell;
 use super::undo::blocking;
 use super::{Migration, Part, steer};
 use crate::agent::protocol::{MigrationId, Nothing};
-use crate::bundle::{self, Changes, Compression, DeltaFile, Layers, Pace};
+use crate::bundle::{self, Changes, Compression, DeltaFile, Layers, Pace, Progress};
 use crate::conntrack::Fence;
 use crate::conntrack::forward::Forwarding;
 use crate::criu::pages::Layout;
 use crate::criu::pages::relay;
 use crate::podman::{CheckpointOptions, Chunks, Client, Container, FailureLog, failure_log};
-use crate::{Config, Error, Result};
+use crate::runtime::Checkpoint;
+use crate::{Config, Error, Result, runtime};
+
+/// Pages that were asked for are sent in pieces of at most this many bytes: 256 KiB.
+const PAGES_PIECE: usize = 256 << 10;
 
 /// A frozen container's state, by the engine that has it.
 pub(super) enum Frozen {
@@ -94,7 +99,13 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
             let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
             let layout = Layout::of(criu.version);
             let within = migration.request.config.shell_timeout;
-            let dump = dump(shell, &migration.id, &migration.request.to, layout, within);
+            let (id, to) = (&migration.id, &migration.request.to);
+            let dump = async {
+                match migration.request.post_copy {
+                    true => dump_lazily(shell, id, to, layout, within).await,
+                    false => dump(shell, id, to, layout, within).await,
+                }
+            };
             let (dumped, changes, flows) = futures::join!(dump, changes, mark);
             let frozen = dumped.and_then(|bytes| {
                 migration.bytes_frozen += bytes;
@@ -143,6 +154,72 @@ async fn dump(
             Ok(progress.wire())
         }
     }
+}
+
+/// A CRIU that has taken the container's state, and serves its memory until the destination has it.
+#[derive(Debug)]
+pub(super) struct Serving {
+    runtime: Checkpoint,
+    /// Passes on what the destination wants.
+    wanted: tokio::task::JoinHandle<std::io::Result<u64>>,
+    progress: Progress,
+}
+
+impl Serving {
+    /// Waits until the destination has all of it. Returns how many bytes that were.
+    pub async fn ended(self) -> Result<u64> {
+        let served = self.runtime.ended().await;
+        self.wanted.abort();
+        served?;
+        Ok(self.progress.wire())
+    }
+}
+
+/// Has CRIU take the container's state, but not its memory, for which the destination will ask.
+async fn dump_lazily(
+    shell: &mut Shell,
+    migration: &MigrationId,
+    destination: &str,
+    layout: Layout,
+    within: Duration,
+) -> Result<u64> {
+    let standby = shell.standby.take();
+    let (mut runtime, criu) = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
+    let mut criu = criu.go().await?;
+    // It answers when all but the memory is dumped.
+    let answers = relay::answers(&mut criu, layout);
+    tokio::select! {
+        answers = tokio::time::timeout(within, answers) => answers.map_err(|_| {
+            runtime::Error::NotCalled { verb: runtime::Verb::Checkpoint, within }
+        })??,
+        ended = runtime.exited() => {
+            ended?;
+            let error = runtime.ended().await.err().map(Error::from);
+            let error = error.unwrap_or(Error::OutOfOrder("CRIU's answer"));
+            return Err(of_criu(error, &shell.work));
+        }
+    }
+    let (pages, mut wanted) = criu.into_split();
+    let progress = Progress::default();
+    let counted = progress.clone();
+    let pages = ReaderStream::with_capacity(pages, PAGES_PIECE)
+        .inspect_ok(move |piece| counted.add_wire(piece.len()));
+    let path = format!("/v1/migrations/{migration}/lazy");
+    let asked = shell
+        .for_pages
+        .exchange(Method::POST, &path, pages)
+        .await
+        .map_err(Error::of_host(destination))?;
+    let wanted = tokio::spawn(async move {
+        let mut asked = StreamReader::new(asked.map_err(std::io::Error::other));
+        tokio::io::copy(&mut asked, &mut wanted).await
+    });
+    shell.serving = Some(Serving {
+        runtime,
+        wanted,
+        progress,
+    });
+    Ok(0)
 }
 
 /// An error with what CRIU says in its log in this directory, if it says something.

@@ -43,6 +43,10 @@ pub struct Request {
     pub forward_new: bool,
     /// How the processes cross. Otherwise the best way that both hosts are set up for.
     pub engine: Option<Engine>,
+    /// Let the container run at the destination before its memory is there (direct engine only): what it
+    /// touches is fetched, and the rest follows. If the hosts lose each other before all of it is there, the
+    /// container is lost.
+    pub post_copy: bool,
     /// Undo everything at the end of this phase, to see how the move would go.
     ///
     /// [`Phase::Restore`] is the last that can be: afterwards peers have heard the copy at the
@@ -65,6 +69,7 @@ impl Request {
             keep_chain: false,
             when_full: WhenFull::default(),
             engine: None,
+            post_copy: false,
             rehearse: None,
             cancel: CancellationToken::new(),
         }
@@ -104,6 +109,12 @@ impl Request {
     /// With this engine, or else the best that both hosts have.
     pub fn engine(mut self, engine: Option<Engine>) -> Request {
         self.engine = engine;
+        self
+    }
+
+    /// Fetching memory when the container runs already, or not.
+    pub fn post_copy(mut self, post_copy: bool) -> Request {
+        self.post_copy = post_copy;
         self
     }
 

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use hyper::{HeaderMap, Method};
 
+use super::freeze::Serving;
 use super::preflight::connect;
 use super::{Effect, Migration, freeze};
 use crate::agent::Connection;
@@ -37,6 +38,8 @@ pub(super) struct Shell {
     pub for_pages: Connection,
     /// The runtime, with a CRIU that waits for the word.
     pub standby: Option<(Checkpoint, OnStandby)>,
+    /// With post-copy: the runtime, while it serves the memory.
+    pub serving: Option<Serving>,
 }
 
 /// Has the destination make the container, all but its processes.
@@ -77,6 +80,7 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
             sent: BTreeSet::new(),
             for_pages,
             standby: None,
+            serving: None,
         })
     };
     let checkpoint = freeze::checkpoint(&migration.hands.podman, container);
@@ -110,12 +114,20 @@ pub(super) async fn stand_by(migration: &mut Migration<'_>) -> Result<()> {
     let config = &migration.request.config;
     let within = config.shell_timeout;
     let shell = migration.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
-    let options = [CriuOption::PacketsAreHeld, CriuOption::PageServer];
+    let memory = match migration.request.post_copy {
+        true => CriuOption::LazyPages,
+        false => CriuOption::PageServer,
+    };
+    let options = [CriuOption::PacketsAreHeld, memory];
     let standby = Standby::open(config, &shell.work, Verb::Checkpoint, &options)?;
-    let call = shell.checkpoint.clone();
-    let call = call
+    let mut call = shell
+        .checkpoint
+        .clone()
         .with_image_path(&shell.images)
         .with_work_path(&shell.work);
+    if migration.request.post_copy {
+        call = call.lazily(&shell.runtime);
+    }
     let runtime = Checkpoint::start(&shell.runtime, &call, standby.environment())?;
     let criu = standby.ready(within).await?;
     // What the runtime has written by now the other one wants to read before it calls CRIU.

@@ -51,6 +51,15 @@ impl Checkpoint {
         })
     }
 
+    /// Waits until it has ended, well or not.
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    pub async fn exited(&mut self) -> Result<()> {
+        self.process.wait().await.map_err(Error::Lost)?;
+        Ok(())
+    }
+
     /// Waits for its end.
     ///
     /// # Errors

@@ -35,6 +35,8 @@ pub enum CriuOption {
     PacketsAreHeld,
     /// Pages go to a page server: over the connection, the number of whose descriptor CRIU is told too.
     PageServer,
+    /// Memory stays where it is until somebody asks for it: over the connection, once all else is dumped.
+    LazyPages,
     /// What has been read of the images is removed from them.
     GiveImagesBack,
 }
@@ -44,6 +46,7 @@ impl CriuOption {
         match self {
             CriuOption::PacketsAreHeld => "network-lock skip\n",
             CriuOption::PageServer => "page-server\n",
+            CriuOption::LazyPages => "lazy-pages\n",
             CriuOption::GiveImagesBack => "auto-dedup\n",
         }
     }

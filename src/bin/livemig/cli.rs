@@ -250,6 +250,15 @@ pub enum Command {
         #[arg(long, value_name = "ENGINE")]
         engine: Option<EngineName>,
 
+        /// Let the container run at the destination before its memory is there
+        ///
+        /// What it touches is fetched, and the rest follows: the downtime is that of a small container,
+        /// however much memory there is. But until all of it is there the container needs both hosts and
+        /// the network between them. If one of them fails in that time, the container is lost: its peers
+        /// have heard what it did over there, so what is frozen here cannot go on. Direct engine only.
+        #[arg(long)]
+        post_copy: bool,
+
         /// Go as far as the end of this phase, then undo everything
         ///
         /// The container stays here and its connections stay open: a way to see how long the move

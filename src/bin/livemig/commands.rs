@@ -55,6 +55,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             hold_packets,
             hold_mib,
             engine,
+            post_copy,
             rehearse,
             report,
         } => {
@@ -69,6 +70,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
                 .keep_chain(keep_chain)
                 .when_full(when_full.into())
                 .engine(engine.map(Into::into))
+                .post_copy(post_copy)
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
         }

@@ -39,6 +39,23 @@ where
     })
 }
 
+/// Waits until a CRIU that will serve pages on this connection has come so far: when it answers a question,
+/// all else has been dumped.
+///
+/// # Errors
+/// [`Error::Relay`] if it has gone.
+pub async fn answers<S>(criu: &mut S, layout: Layout) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    criu.write_all(&layout.has_parent())
+        .await
+        .map_err(Error::Relay)?;
+    // An `int`.
+    criu.read_u32().await.map_err(Error::Relay)?;
+    Ok(())
+}
+
 /// CRIU, while it sends.
 struct Talk<S> {
     stream: S,
