@@ -380,7 +380,7 @@ pub(super) fn has_ipv6() -> bool {
 ///
 /// # Errors
 /// [`Error::NotForwarding`].
-pub(super) fn check_forwarding() -> Result<()> {
+pub(crate) fn check_forwarding() -> Result<()> {
     let path = Path::new("/proc/sys/net/ipv4/ip_forward");
     let value = std::fs::read_to_string(path).map_err(super::error::file("read", path))?;
     if value.trim() == "0" {
