@@ -9,7 +9,7 @@ HOSTS ?= 2
 CLIENTS ?= 1
 HOST ?= h1
 CMD ?= podman ps --all
-RUNS ?= 10
+RUNS ?= 15
 LAB := tests/lab/lab
 
 # Warnings are errors here and in CI, not while one works.
@@ -54,13 +54,13 @@ test: prepare ## all tests (root: hosts are made of namespaces)
 demo: prepare ## watch a container move while a client talks to it (root)
 	cargo bench --bench demo
 
-# Optimised, each prints its table and writes target/bench/NAME.json. About 20 minutes in all; for
+# Optimised, each prints its table and writes target/bench/NAME.json. About 40 minutes in all; for
 # figures that mean something, on a machine that does nothing else. All are run, also when one of them
 # falls short of what is asked of it, which the exit status then says.
 BENCHES := downtime udp iperf flows
 
 .PHONY: bench
-bench: prepare ## all benches below, one after the other (RUNS=10, of the first)
+bench: prepare ## all benches below, one after the other (RUNS=15, of the first)
 	failed=; for bench in $(BENCHES); do \
 		printf '\n== %s\n' $$bench; \
 		$(MAKE) bench-$$bench || failed="$$failed $$bench"; \
@@ -68,7 +68,7 @@ bench: prepare ## all benches below, one after the other (RUNS=10, of the first)
 	if [[ -n $$failed ]]; then echo "fell short:$$failed"; exit 1; fi
 
 .PHONY: bench-downtime
-bench-downtime: prepare ## the client's longest gap and the total time, beside Podman and shell by hand
+bench-downtime: prepare ## gap, total time, bytes and memory by engine and size, beside the floor
 	LIVEMIG_BENCH_RUNS=$(RUNS) cargo bench --bench downtime
 
 .PHONY: bench-udp

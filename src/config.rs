@@ -28,6 +28,8 @@ pub struct Config {
     /// How many bytes of packets may wait, headers included; the kernel needs about 1 KiB more for
     /// each.
     pub hold_bytes: u64,
+    /// Where a container's memory is kept for as long as it is on its way: a file system in memory.
+    pub memory_dir: PathBuf,
     /// What containers may have that come here from other hosts.
     pub arrivals: Policy,
     /// How long the container's sockets may take to run empty before it is frozen. What is not read
@@ -36,6 +38,9 @@ pub struct Config {
     /// How long the destination may take to say that the container runs, from the moment it has
     /// everything.
     pub restore_timeout: Duration,
+    /// How long Podman may take, on either host, to do all for a container that needs none of its
+    /// processes. Podman itself gives up a restore after 240 s.
+    pub shell_timeout: Duration,
     /// How long freezing the container's processes may take.
     pub freeze_timeout: Duration,
     /// How long the first handshake of a tunnel may take.
@@ -82,9 +87,11 @@ impl Default for Config {
             tunnel_port: tunnel::Settings::FIRST_PORT,
             hold_packets: conntrack::hold::DEFAULT_PACKETS,
             hold_bytes: conntrack::hold::DEFAULT_BYTES,
+            memory_dir: "/dev/shm".into(),
             arrivals: Policy::default(),
             drain_timeout: Duration::from_millis(100),
             restore_timeout: Duration::from_secs(300),
+            shell_timeout: Duration::from_secs(120),
             freeze_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
         }

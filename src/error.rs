@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::criu::{Finding, Severity};
 use crate::migration::{JournalError, Leftover, Phase};
-use crate::{agent, bundle, conntrack, criu, netlink, podman, tunnel};
+use crate::{agent, bundle, conntrack, criu, netlink, podman, runtime, tunnel};
 
 /// What a library call returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -89,16 +89,16 @@ pub enum Error {
     /// The container could not be saved, for a reason that only CRIU's log tells.
     #[error("{source}; CRIU says: {reason}")]
     Dump {
-        /// What Podman says.
-        source: podman::Error,
+        /// What Podman, or the runtime, says.
+        source: Box<Error>,
         /// The last errors in CRIU's log.
         reason: String,
     },
     /// The container could not be restored, for a reason that only CRIU's log tells.
     #[error("{source}; CRIU says: {reason}")]
     Restore {
-        /// What Podman says.
-        source: podman::Error,
+        /// What Podman, or the runtime, says.
+        source: Box<Error>,
         /// The last errors in CRIU's log.
         reason: String,
     },
@@ -185,6 +185,9 @@ pub enum Error {
     /// CRIU, or the freezer.
     #[error(transparent)]
     Criu(#[from] criu::Error),
+    /// The OCI runtime, or what stands in front of it.
+    #[error(transparent)]
+    Runtime(#[from] runtime::Error),
     /// The files and the stream of the container.
     #[error(transparent)]
     Bundle(#[from] bundle::Error),
@@ -347,6 +350,7 @@ impl Error {
             Error::Podman(error) => error.hint(),
             Error::Dump { .. } | Error::Restore { .. } => None,
             Error::Criu(error) => error.hint(),
+            Error::Runtime(error) => error.hint(),
             Error::Bundle(error) => error.hint(),
             Error::Tunnel(error) => error.hint(),
             Error::Conntrack(error) => error.hint(),

@@ -29,6 +29,7 @@
 //! | [`agent`] | trust between hosts, and the destination's side of a migration |
 //! | [`podman`] | the libpod API: checkpoint, restore, and what the destination has to have |
 //! | [`criu`] | what this host can do, the freezer, early refusals |
+//! | [`runtime`] | being the OCI runtime that Podman calls, for the direct engine |
 //! | [`bundle`] | the container's changed files, and everything of it as one stream |
 //! | [`tunnel`] | hops: WireGuard between two hosts, in the kernel or in user space |
 //! | [`conntrack`] | flows: reading, inserting, steering and holding them |
@@ -45,6 +46,7 @@ pub mod migration;
 pub mod netlink;
 pub mod overview;
 pub mod podman;
+pub mod runtime;
 pub mod tunnel;
 
 pub use config::Config;

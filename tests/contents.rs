@@ -400,6 +400,7 @@ async fn no_network_at_all() {
     ];
     let memory = pair.host(2).exec(&look).await.json();
     assert_eq!(memory["wrong"], 0, "{memory}");
+    assert_eq!(memory["stale"], 0, "{memory}");
     pair.host(2)
         .exec(&["podman", "rm", "-f", "-t", "0", "mute"])
         .await;

@@ -243,7 +243,7 @@ fn traces(id: &str) -> BTreeSet<String> {
     let sh = format!(
         "ip netns 2>/dev/null | sed 's/^/netns /' | grep -F '{id}'
          grep -F '/livemig-lab/{id}' /proc/[0-9]*/mountinfo 2>/dev/null | sed 's/^/mount /'
-         find $(findmnt -nro TARGET -t cgroup2) -path '*/livemig-lab/{id}*' 2>/dev/null | sed 's/^/cgroup /'
+         find $(findmnt -nro TARGET -t cgroup2,cgroup) -path '*/livemig-lab/{id}*' 2>/dev/null | sed 's/^/cgroup /'
          # The dead whom init has not buried yet are in a cgroup that is deleted.
          grep -F '/livemig-lab/{id}' /proc/[0-9]*/cgroup 2>/dev/null | grep -v '(deleted)' | sed 's/^/process /'
          find /run/livemig-lab -path '*{id}*' 2>/dev/null | sed 's/^/file /'

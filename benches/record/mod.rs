@@ -90,6 +90,9 @@ impl From<Vec<f64>> for Figures {
 
 impl fmt::Display for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.median.is_nan() {
+            return f.pad("-");
+        }
         f.pad(&format!(
             "{:.1} [{:.1} {:.1}]",
             self.median, self.min, self.max

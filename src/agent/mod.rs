@@ -38,6 +38,7 @@ mod peer;
 pub mod protocol;
 mod server;
 mod session;
+mod shell;
 mod store;
 mod tls;
 mod wire;

@@ -10,6 +10,8 @@
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  PUT  /v1/migrations/ID/image   bytes ──────────▶  only if it lacks the image
 //!    │  ◀───────────────────────────────────── Nothing
+//!    │  PUT  /v1/migrations/ID/shell   bytes ──────────▶  only with the direct engine: Podman makes
+//!    │  ◀───────────────────────────────────── Nothing    the container, all but its processes
 //!    │              ── hold, freeze: the downtime begins ──
 //!    │  POST /v1/migrations/ID/hold    ────────────────▶  only if the container comes home: what
 //!    │  ◀───────────────────────────────────── Nothing    comes for it waits there, not here
@@ -177,6 +179,9 @@ pub struct Offer {
     pub host: HostInfo,
     /// The source's CRIU, kernel and processor.
     pub features: Features,
+    /// Whether livemig is the runtime that Podman calls there.
+    #[serde(default)]
+    pub direct: bool,
 }
 
 /// What the destination thinks of it.
@@ -190,6 +195,9 @@ pub struct Assessment {
     pub networks_to_make: Vec<String>,
     /// The destination's Podman.
     pub host: HostInfo,
+    /// Whether livemig is the runtime that Podman calls there.
+    #[serde(default)]
+    pub direct: bool,
 }
 
 /// Get ready for it.

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_compression::tokio::bufread::ZstdDecoder;
+use bytes::Bytes;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
@@ -21,8 +23,9 @@ use super::protocol::{
     Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
     Status, Undone,
 };
+use super::shell::Shell;
 use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
-use crate::bundle::vetted::{Documents, vetted};
+use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
@@ -31,6 +34,7 @@ use crate::netlink::Namespace;
 use crate::podman::{
     self, Client, Container, ContainerId, FailureLog, HostInfo, RestoreOptions, failure_log,
 };
+use crate::runtime::{Rendezvous, Verb, setup};
 use crate::tunnel::{self, HopId};
 use crate::{Class, Config, Error};
 
@@ -70,12 +74,14 @@ struct Session {
     hop: Option<HopId>,
     journal: Journal,
     heard_of: Instant,
-    /// How many flows came along.
-    flows: usize,
     /// The hop by which connections of this container left this host: it comes home.
     away: Option<HopId>,
     /// What keeps their packets until the source lets go.
     hold: Option<Hold>,
+    /// The container without its processes, with the direct engine.
+    shell: Option<Shell>,
+    /// The network namespace of the container that runs.
+    namespace: Option<Namespace>,
     /// Where datagrams wait for the container, until the source has let go of all of them.
     intake: Option<Intake>,
     /// Podman was asked to restore the container and has not answered.
@@ -119,6 +125,7 @@ impl Sessions {
             let id = migration::number_of(&path);
             if journal.committed() {
                 let_in(&journal).await?;
+                let_memory_go(&journal)?;
                 journal.close()?;
             } else if let Some(container) = ran {
                 told.push(format!(
@@ -303,6 +310,13 @@ impl Sessions {
                 session.heard_of = Instant::now();
                 said(loaded)
             }
+            (&Method::PUT, ["v1", "migrations", id, "shell"]) => {
+                let (id, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let made = self.make_shell(&id, &mut session, body).await;
+                session.heard_of = Instant::now();
+                said(made)
+            }
             (&Method::POST, ["v1", "migrations", id, "hold"]) => {
                 let (_, session) = self.find(&caller, id)?;
                 said(self.hold(&mut *session.lock().await).await)
@@ -360,7 +374,7 @@ impl Sessions {
 
     /// What stands in the way of a container, as seen from here. Changes nothing.
     async fn assess(&self, offer: &Offer) -> Result<Assessment, Error> {
-        migration::at_destination(&self.podman, offer, &self.config.arrivals).await
+        migration::at_destination(&self.podman, offer, &self.config).await
     }
 
     /// Brings up the hop and makes the networks that are missing.
@@ -385,9 +399,10 @@ impl Sessions {
             hop: None,
             journal,
             heard_of: Instant::now(),
-            flows: 0,
             away: None,
             hold: None,
+            shell: None,
+            namespace: None,
             intake: None,
             unsure: false,
         }));
@@ -491,9 +506,10 @@ impl Sessions {
             return Err(Error::OutOfOrder("running container"));
         }
         if let Some(hold) = session.hold.take() {
-            let pid = self.podman.inspect(session.offer.container.id.as_str());
-            let pid = pid.await?.pid.ok_or(Error::OutOfOrder("process"))?;
-            let pace = Pace::Sockets(Namespace::of_pid(pid)?);
+            let pace = match session.namespace.clone() {
+                Some(namespace) => Pace::Sockets(namespace),
+                None => return Err(Error::OutOfOrder("namespace")),
+            };
             // The source does not wait until the last of many datagrams has been read.
             tokio::spawn(async move {
                 let released = hold.release(To::Destination, pace).await;
@@ -570,7 +586,6 @@ impl Sessions {
         match restored {
             Ok(running) => {
                 session.stage = Stage::Running;
-                session.flows = running.flows;
                 session.heard_of = Instant::now();
                 tracing::info!(migration = %id, container = %session.offer.container.id, "the container runs");
                 Ok(running)
@@ -589,7 +604,6 @@ impl Sessions {
     async fn bring_to_life(&self, session: &mut Session, body: Body) -> Result<Running, Error> {
         let container = session.offer.container.clone();
         let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
-        let volumes: Vec<String> = container.volumes().map(str::to_owned).collect();
         let addresses: Vec<_> = container.addresses().collect();
         let came_home = session.away.map(|hop| Effect::CameHome {
             addresses: addresses.clone(),
@@ -619,11 +633,9 @@ impl Sessions {
                 .iter()
                 .map(|(_, spec)| Effect::Hold { spec: spec.clone() }),
         );
-        effects.push(Effect::Restored {
-            container: container.id.clone(),
-            volumes,
-            ports: container.ports.clone(),
-        });
+        if session.shell.is_none() {
+            effects.push(restored(&container));
+        }
         session.journal.will(effects)?;
         let home = match session.away {
             Some(_) => migration::welcome(&addresses, &flows).await?,
@@ -641,24 +653,59 @@ impl Sessions {
             result?;
             inserted += 1;
         }
+        let ended = match &mut session.shell {
+            Some(shell) => {
+                shell.receive(archive).await?;
+                let ended = Instant::now();
+                // Both run to their ends: what one of them has made is undone only when it is there.
+                let (restored, intake) = futures::join!(shell.restore(), start(intake));
+                session.intake = intake?;
+                session.namespace = Some(Namespace::of_pid(restored?)?);
+                ended
+            }
+            None => {
+                let ended = self.restore_by_podman(session, archive, intake).await?;
+                session.namespace = Some(self.namespace_of(&container.id).await?);
+                ended
+            }
+        };
+        let namespace = session
+            .namespace
+            .clone()
+            .ok_or(Error::OutOfOrder("namespace"))?;
+        if container.networks.is_empty() {
+            switch_on_loopback(&namespace).await?;
+        }
+        gate(&container).open().await?;
+        if let Some(intake) = &session.intake {
+            intake.open(&namespace);
+        }
+        // What was carried after it ends here again.
+        let after = migration::at_home(&self.config, &container.id)?;
+        migration::change_forwarding(&self.config, &mut session.journal, after).await?;
+        Ok(Running {
+            restore: ended.elapsed(),
+            flows: inserted,
+            home,
+        })
+    }
+
+    /// Has Podman make a container of an archive and restore it. Returns when all of the archive was
+    /// there.
+    async fn restore_by_podman(
+        &self,
+        session: &mut Session,
+        archive: BoxStream<'static, bundle::Result<Bytes>>,
+        intake: Option<(Reserved, HoldSpec)>,
+    ) -> Result<Instant, Error> {
+        let container = &session.offer.container;
         let options = RestoreOptions {
             tcp_established: true,
             ..RestoreOptions::default()
         };
         let ended = Arc::new(Mutex::new(Instant::now()));
         let end = ended.clone();
-        // Asked for then: now it would cost time in which the container is nowhere.
-        let host = session.host.clone().ok_or(Error::OutOfOrder("host"))?;
-        let agreement = (container.clone(), self.config.arrivals.clone(), host);
-        let (archive, verdict) = vetted(archive, move |documents: &Documents| {
-            let (container, policy, host) = &agreement;
-            let agreed = migration::Agreed {
-                container,
-                policy,
-                host,
-            };
-            agreed.judge(documents)
-        });
+        let (archive, verdict) = self.judged(session, archive)?;
         let archive = archive.inspect(move |_| {
             *end.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         });
@@ -676,44 +723,84 @@ impl Sessions {
             let reason = failure_log(&host.static_dir(&container.id), FailureLog::Restore);
             return Err(match reason {
                 Some(reason) => Error::Restore {
-                    source: error,
+                    source: Box::new(error.into()),
                     reason,
                 },
                 None => error.into(),
             });
         }
-        if container.networks.is_empty() {
-            self.switch_on_loopback(&container.id).await?;
-        }
-        gate(&container).open().await?;
-        if let Some(intake) = &session.intake {
-            let pid = self.podman.inspect(container.id.as_str()).await?.pid;
-            intake.open(&Namespace::of_pid(
-                pid.ok_or(Error::OutOfOrder("process"))?,
-            )?);
-        }
-        // What was carried after it ends here again.
-        let after = migration::at_home(&self.config, &container.id)?;
-        migration::change_forwarding(&self.config, &mut session.journal, after).await?;
-        let restore = ended
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .elapsed();
-        Ok(Running {
-            restore,
-            flows: inserted,
-            home,
-        })
+        let ended = *ended.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(ended)
     }
 
-    /// CRIU makes the namespace of a container without networks anew and leaves its loopback interface
-    /// off; where there is a network, Podman has switched it on.
-    async fn switch_on_loopback(&self, id: &ContainerId) -> Result<(), Error> {
+    /// An archive that fails if it is not of the container that was offered.
+    fn judged(
+        &self,
+        session: &Session,
+        archive: BoxStream<'static, bundle::Result<Bytes>>,
+    ) -> Result<(BoxStream<'static, bundle::Result<Bytes>>, Verdict), Error> {
+        // Asked for then: now it would cost time in which the container is nowhere.
+        let host = session.host.clone().ok_or(Error::OutOfOrder("host"))?;
+        let agreement = (
+            session.offer.container.clone(),
+            self.config.arrivals.clone(),
+            host,
+        );
+        let (archive, verdict) = vetted(archive, move |documents: &Documents| {
+            let (container, policy, host) = &agreement;
+            let agreed = migration::Agreed {
+                container,
+                policy,
+                host,
+            };
+            agreed.judge(documents)
+        });
+        Ok((archive.boxed(), verdict))
+    }
+
+    /// Has Podman make the container, all but its processes.
+    async fn make_shell(
+        &self,
+        id: &MigrationId,
+        session: &mut Session,
+        body: Body,
+    ) -> Result<Nothing, Error> {
+        if session.stage != Stage::Prepared || session.shell.is_some() {
+            return Err(Error::OutOfOrder("preparation"));
+        }
+        let container = session.offer.container.clone();
+        let directory = self.config.memory_dir.join(format!("livemig-{id}"));
+        session.journal.will([
+            Effect::Staging {
+                directory: directory.clone(),
+            },
+            restored(&container),
+        ])?;
+        let staging = migration::staging(&directory)?;
+        let waiting = setup::waiting(&self.config);
+        let rendezvous = Rendezvous::open(&waiting, Verb::Restore, &container.id)?;
+        let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
+        let (archive, verdict) = self.judged(session, content.boxed())?;
+        let within = self.config.shell_timeout;
+        let made = Shell::make(&self.podman, archive, &rendezvous, staging, within).await;
+        match (made, verdict.reason()) {
+            (Ok(shell), _) => {
+                session.shell = Some(shell);
+                Ok(Nothing {})
+            }
+            // Podman has not had all of it, and so has made nothing of it.
+            (Err(_), Some(what)) => Err(bundle::Error::Forbidden { what }.into()),
+            (Err(error), None) => {
+                session.unsure = !matches!(error, Error::Podman(podman::Error::Refused { .. }));
+                Err(error)
+            }
+        }
+    }
+
+    /// The network namespace of a container that runs here.
+    async fn namespace_of(&self, id: &ContainerId) -> Result<Namespace, Error> {
         let pid = self.podman.inspect(id.as_str()).await?.pid;
-        let namespace = Namespace::of_pid(pid.ok_or(Error::OutOfOrder("process"))?)?;
-        tokio::task::spawn_blocking(move || tunnel::switch_on_loopback(&namespace))
-            .await
-            .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+        Ok(Namespace::of_pid(pid.ok_or(Error::OutOfOrder("process"))?)?)
     }
 
     /// The source has let go: from now on the container is this host's.
@@ -722,12 +809,16 @@ impl Sessions {
             return Err(Error::OutOfOrder("running container"));
         }
         session.journal.commit()?;
+        if let Some(shell) = session.shell.take() {
+            shell.recorded().await?;
+        }
         // The source may not have been able to say so.
         self.release(session).await?;
         if let Some(intake) = session.intake.take() {
             let report = intake.finish().await?.clear().await?;
             tracing::debug!(migration = %id, ?report, "what came for the container was let in");
         }
+        let_memory_go(&session.journal)?;
         self.close(id, session)?;
         // Hops that no connection needs would only be in the way. The source does not wait for that.
         let config = self.config.clone();
@@ -743,6 +834,7 @@ impl Sessions {
     async fn commit_left_behind(&self, id: &MigrationId) -> Result<Nothing, Error> {
         if let Some(journal) = self.left_behind(id)? {
             let_in(&journal).await?;
+            let_memory_go(&journal)?;
             journal.close()?;
         }
         Ok(Nothing {})
@@ -750,6 +842,9 @@ impl Sessions {
 
     /// Undoes everything. An error means that the container may still be here.
     async fn undo(&self, id: &MigrationId, session: &mut Session) -> Result<Undone, Error> {
+        if let Some(shell) = session.shell.take() {
+            shell.abandon().await;
+        }
         let holds = session.hold.take().into_iter();
         let holds = holds.chain(session.intake.take().map(Intake::into_hold));
         let leftovers = self
@@ -846,6 +941,34 @@ async fn let_in(journal: &Journal) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Removes the memory that the container has been restored from.
+fn let_memory_go(journal: &Journal) -> Result<(), Error> {
+    for effect in journal.effects() {
+        if let Effect::Staging { directory } = effect {
+            migration::remove_staging(directory)?;
+        }
+    }
+    Ok(())
+}
+
+/// CRIU makes the namespace of a container without networks anew and leaves its loopback interface off;
+/// where there is a network, Podman has switched it on.
+async fn switch_on_loopback(namespace: &Namespace) -> Result<(), Error> {
+    let namespace = namespace.clone();
+    tokio::task::spawn_blocking(move || tunnel::switch_on_loopback(&namespace))
+        .await
+        .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+/// The container itself, as an effect.
+fn restored(container: &Container) -> Effect {
+    Effect::Restored {
+        container: container.id.clone(),
+        volumes: container.volumes().map(str::to_owned).collect(),
+        ports: container.ports.clone(),
+    }
 }
 
 /// Whether datagrams may come for a container that is being restored. TCP needs no intake: what its

@@ -65,6 +65,19 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
+    /// CRIU's images are not in the form in which they cross.
+    #[error("the stream of CRIU's images cannot be used: {0}")]
+    Images(String),
+    /// One of CRIU's images.
+    #[error("could not {action} {}: {source}", path.display())]
+    ImageFile {
+        /// What was being done.
+        action: &'static str,
+        /// To which.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// The stream that was being passed on failed.
     #[error("the image stream broke off")]
     Upstream(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -97,6 +110,23 @@ pub enum Error {
 }
 
 impl Error {
+    pub(super) fn image(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::ImageFile {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// Takes an error of ours out of the system's error type, in which it went through a reader.
+    pub(crate) fn from_reader(error: io::Error) -> Error {
+        super::transfer::from_io(error)
+    }
+
     /// What the operator can do about it, where there is something to do.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -116,6 +146,12 @@ impl Error {
             Error::Spool { directory, .. } => Some(format!("make room in {}", directory.display())),
             Error::Write(source) if source.kind() == io::ErrorKind::StorageFull => {
                 Some("make room for the files that the container has changed".into())
+            }
+            Error::ImageFile { path, source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                Some(format!(
+                    "the container's memory does not fit: make room where {} is",
+                    path.display()
+                ))
             }
             Error::Mismatch { .. } | Error::Truncated { .. } => Some(
                 "nothing was restored from it; try again, and check the network between the hosts \

@@ -12,6 +12,7 @@ mod archive;
 pub mod delta;
 mod error;
 mod header;
+pub mod images;
 pub mod splice;
 pub mod transfer;
 pub mod vetted;
@@ -19,6 +20,7 @@ pub mod vetted;
 pub use delta::{Delta, DeltaFile, Layers, Skipped, Summary};
 pub use error::Error;
 pub use header::{beheaded, headed};
+pub use images::{images, write_images};
 pub use splice::{Captured, spliced, watched};
 pub use transfer::{Compression, Digest, Progress, receive, send};
 

@@ -452,7 +452,7 @@ fn into_io(error: Error) -> std::io::Error {
 }
 
 /// Takes an error of ours out of the system's error type, in which it went through a reader.
-fn from_io(error: std::io::Error) -> Error {
+pub(super) fn from_io(error: std::io::Error) -> Error {
     match error.downcast::<Error>() {
         Ok(error) => error,
         Err(_) => Error::Malformed {

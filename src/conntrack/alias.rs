@@ -145,7 +145,7 @@ pub(super) fn commands() -> Vec<Value> {
         commands.push(rule(
             UNALIAS,
             &[
-                equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),
+                ruleset::out_of_a_hop(),
                 equal(
                     destination.clone(),
                     json!({ "prefix": { "addr": prefix, "len": length } }),

@@ -22,8 +22,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::hold::{HeldPorts, PortProtocol};
-use super::ruleset::{self, Rules, add_empty, equal, ip, payload, rule};
-use super::{Mark, Result, published};
+use super::ruleset::{
+    self, Rules, add_empty, begins, equal, ip, not_out_of_a_hop, not_steered, payload, rule,
+};
+use super::{Result, published};
 use crate::podman::ContainerId;
 
 const INSTALL: &str = "keep the frozen container quiet";
@@ -71,11 +73,8 @@ impl Fence {
         commands.push(ruleset::named_rule(ruleset::NEW[0], &chain, &[jump]));
         commands.extend(self.refusal());
         for address in &self.addresses {
-            let not_out_of_a_hop = json!({ "match": {
-                "op": "!=", "left": { "meta": { "key": "iifname" } }, "right": "livemig*",
-            } });
             let statements = [
-                not_out_of_a_hop,
+                not_out_of_a_hop(),
                 equal(payload(ip(address), "saddr"), address),
                 json!({ "drop": null }),
             ];
@@ -148,17 +147,4 @@ impl Fence {
         })
         .await
     }
-}
-
-/// Matches the first packets of a connection.
-pub(super) fn begins() -> Value {
-    json!({ "match": { "op": "in", "left": { "ct": { "key": "state" } }, "right": "new" } })
-}
-
-/// Matches connections that take no hop in either direction.
-pub(super) fn not_steered() -> Value {
-    equal(
-        json!({ "&": [{ "ct": { "key": "mark" } }, Mark::MASK.bits()] }),
-        0,
-    )
 }

@@ -24,11 +24,11 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::fence::{begins, not_steered};
 use super::hold::{HeldPorts, PortProtocol};
 use super::published::{self, name};
 use super::ruleset::{
-    self, ARRIVALS, FORWARD, Rules, TRANSLATE, add_empty, equal, ip, payload, rule,
+    self, ARRIVALS, FORWARD, Rules, TRANSLATE, add_empty, begins, equal, ip, not_steered, payload,
+    rule,
 };
 use super::{Direction, Mark, Result};
 use crate::podman::ContainerId;

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::Result;
-use super::ruleset::{self, add_empty, equal, ip, payload, rule};
+use super::ruleset::{self, add_empty, equal, ip, out_of_a_hop, payload, rule};
 use crate::podman::ContainerId;
 
 /// A container that nothing gets through to. It is a value that a journal can keep.
@@ -42,7 +42,7 @@ impl Gate {
         commands.push(ruleset::named_rule(ruleset::NEW[0], &chain, &[jump]));
         for address in &self.addresses {
             let statements = [
-                equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),
+                out_of_a_hop(),
                 equal(payload(ip(address), "daddr"), address),
                 json!({ "drop": null }),
             ];

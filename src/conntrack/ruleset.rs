@@ -24,7 +24,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::wire::{self, NFPROTO_INET, SUBSYS_NFTABLES, nft};
-use super::{Error, Result};
+use super::{Error, Mark, Result};
 use crate::netlink::{self, Attributes, Body, Channel, Request};
 
 /// The name of livemig's table.
@@ -92,6 +92,33 @@ pub(super) fn object(kind: &str, mut fields: Value) -> Value {
 /// A command that adds an object.
 pub(super) fn add(kind: &str, fields: Value) -> Value {
     json!({ "add": object(kind, fields) })
+}
+
+/// Matches what came out of a hop, whichever.
+pub(super) fn out_of_a_hop() -> Value {
+    equal(incoming_interface(), "livemig*")
+}
+
+/// Matches everything else.
+pub(super) fn not_out_of_a_hop() -> Value {
+    json!({ "match": { "op": "!=", "left": incoming_interface(), "right": "livemig*" } })
+}
+
+fn incoming_interface() -> Value {
+    json!({ "meta": { "key": "iifname" } })
+}
+
+/// Matches the first packets of a connection.
+pub(super) fn begins() -> Value {
+    json!({ "match": { "op": "in", "left": { "ct": { "key": "state" } }, "right": "new" } })
+}
+
+/// Matches connections that take no hop in either direction.
+pub(super) fn not_steered() -> Value {
+    equal(
+        json!({ "&": [{ "ct": { "key": "mark" } }, Mark::MASK.bits()] }),
+        0,
+    )
 }
 
 /// Commands that add a chain, or empty it if it is there.

@@ -63,6 +63,8 @@ codes! {
     NetworkLockUnavailable = "network-lock-unavailable",
     /// The destination's kernel is older than the source's.
     KernelOlderAtDestination = "kernel-older-at-destination",
+    /// The engine that was asked for is not set up.
+    EngineUnavailable = "engine-unavailable",
     /// livemig or Podman does not run as root.
     Rootless = "rootless",
 

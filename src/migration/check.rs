@@ -9,14 +9,15 @@ use std::path::Path;
 
 use ipnetwork::IpNetwork;
 
-use super::arrival::{Policy, forbidden};
+use super::arrival::forbidden;
 use crate::agent::protocol::{Assessment, Offer};
 use crate::conntrack::{CannotKeep, Flow};
 use crate::criu::{self, Code, Features, Finding, Freezer, Side, processes};
 use crate::netlink::Namespace;
 use crate::netlink::sockets::{self, Kind, State};
 use crate::podman::{Client, Container, HostInfo, Mode, Mount, Network, Status, Subnet};
-use crate::{Error, Result, tunnel};
+use crate::runtime::setup;
+use crate::{Config, Error, Result, tunnel};
 
 /// Ends with an error if a finding says no.
 ///
@@ -373,7 +374,7 @@ pub(super) fn subnets(networks: &[Network]) -> Vec<Subnet> {
 pub(crate) async fn at_destination(
     podman: &Client,
     offer: &Offer,
-    policy: &Policy,
+    config: &Config,
 ) -> Result<Assessment> {
     let container = &offer.container;
     let (host, features) = futures::join!(podman.host(), Features::of_this_host());
@@ -399,12 +400,14 @@ pub(crate) async fn at_destination(
     ports(podman, container, &mut findings).await?;
     mounts(podman, container, &mut findings).await?;
     secrets(podman, container, &mut findings).await?;
-    findings.extend(forbidden(policy, container, &host));
+    findings.extend(forbidden(&config.arrivals, container, &host));
+    let direct = setup::wrapper(config, &host).is_some();
     Ok(Assessment {
         findings,
         image_present,
         networks_to_make,
         host,
+        direct,
     })
 }
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::{Leftover, Migration, flows, forwarding, path};
+use super::undo::remove_staging;
+use super::{Effect, Leftover, Migration, flows, forwarding, path};
 use crate::Result;
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
@@ -53,6 +54,12 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     migration.note("the connections that went home", forgotten);
     let forgotten = path::forget_in_between(migration).await;
     migration.note("the connections that went home past others", forgotten);
+    for effect in migration.journal.effects().to_vec() {
+        if let Effect::Staging { directory } = effect {
+            let removed = remove_staging(&directory);
+            migration.note("the container's memory on its way", removed);
+        }
+    }
     if migration.leftovers.is_empty() {
         let closed = migration.journal.close();
         migration.note("the journal", closed.map_err(Into::into));

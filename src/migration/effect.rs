@@ -4,6 +4,7 @@
 //! journal. Undoing is idempotent, and undoing what was never done is no error.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -139,6 +140,11 @@ pub enum Effect {
         /// Which container.
         gate: Gate,
     },
+    /// Memory of a container on its way lies in this directory.
+    Staging {
+        /// Which one.
+        directory: PathBuf,
+    },
     /// The container itself, restored here, with the volumes that came along.
     Restored {
         /// Its ID.
@@ -182,6 +188,9 @@ impl std::fmt::Display for Effect {
             Effect::Path { to, .. } => write!(f, "flows that take hop {to}"),
             Effect::PathAsked { peer, .. } => write!(f, "the other end of a path, at {peer}"),
             Effect::CameHome { .. } => write!(f, "flows that end at this host again"),
+            Effect::Staging { directory } => {
+                write!(f, "the container's memory in {}", directory.display())
+            }
             Effect::Restored {
                 container, volumes, ..
             } if volumes.is_empty() => {

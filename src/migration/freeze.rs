@@ -5,17 +5,27 @@
 //! nothing of the container moves any more, its flows are read and marked, its changed files are
 //! collected, and what its kernel still has to say is kept from the world.
 
+use std::path::PathBuf;
+
+use super::shell::Shell;
 use super::{Migration, steer};
 use crate::bundle::{DeltaFile, Layers};
 use crate::podman::{CheckpointOptions, Chunks, Client, Container, FailureLog, failure_log};
-use crate::{Error, Result};
+use crate::runtime::dump::{self, CriuOptions};
+use crate::{Config, Error, Result};
 
-/// A frozen container.
-pub(super) struct Frozen {
-    /// Podman's archive: memory, configuration, volumes.
-    pub checkpoint: Chunks,
-    /// The files that it changed.
-    pub changed: DeltaFile,
+/// A frozen container's state, by the engine that has it.
+pub(super) enum Frozen {
+    Rest {
+        /// Podman's archive: memory, configuration, volumes.
+        checkpoint: Chunks,
+        /// The files that it changed.
+        changed: DeltaFile,
+    },
+    Direct {
+        /// Where CRIU's images are.
+        images: PathBuf,
+    },
 }
 
 pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
@@ -31,26 +41,58 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
 
     let hop = migration.hop()?;
     let container = &migration.preflight.container;
-    let staging = migration.request.config.staging_dir();
-    std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
-    let changed = async { Ok::<_, Error>(DeltaFile::make(layers(container)?, staging).await?) };
+    let mark = steer::mark(container, &migration.preflight.offer.networks, hop);
     // All run to their ends, also when one fails: a mark that is about to be set must not come
     // after it was undone.
-    let (checkpoint, changed, flows) = futures::join!(
-        checkpoint(&migration.hands.podman, container),
-        changed,
-        steer::mark(container, &migration.preflight.offer.networks, hop),
-    );
+    let (frozen, flows) = match &migration.shell {
+        None => {
+            let staging = staging(&migration.request.config)?;
+            let changed =
+                async { Ok::<_, Error>(DeltaFile::make(layers(container)?, staging).await?) };
+            let checkpoint = checkpoint(&migration.hands.podman, container);
+            let (checkpoint, changed, flows) = futures::join!(checkpoint, changed, mark);
+            let frozen = checkpoint.and_then(|checkpoint| {
+                let changed = changed?;
+                Ok(Frozen::Rest {
+                    checkpoint,
+                    changed,
+                })
+            });
+            (frozen, flows)
+        }
+        Some(shell) => {
+            let (dumped, flows) = futures::join!(dump(shell), mark);
+            let images = shell.images.clone();
+            (dumped.map(|()| Frozen::Direct { images }), flows)
+        }
+    };
     migration.flows = flows?;
-    migration.frozen = Some(Frozen {
-        checkpoint: checkpoint?,
-        changed: changed?,
-    });
+    migration.frozen = Some(frozen?);
     Ok(())
 }
 
+/// Has the runtime write the container's state, as Podman would have it. It stays frozen, and complete.
+async fn dump(shell: &Shell) -> Result<()> {
+    let call = shell.checkpoint.clone();
+    let call = call
+        .with_image_path(&shell.images)
+        .with_work_path(&shell.work);
+    let environment = CriuOptions::packets_are_held().write(&shell.work.join("criu.conf"))?;
+    let dumped = dump::run(&shell.runtime, &call, environment).await;
+    dumped.map_err(|source| {
+        let source = Error::from(source);
+        match failure_log(&shell.work, FailureLog::Dump) {
+            Some(reason) => Error::Dump {
+                source: Box::new(source),
+                reason,
+            },
+            None => source,
+        }
+    })
+}
+
 /// Has Podman write the container's state. It stays frozen, and complete.
-async fn checkpoint(podman: &Client, container: &Container) -> Result<Chunks> {
+pub(super) async fn checkpoint(podman: &Client, container: &Container) -> Result<Chunks> {
     let options = CheckpointOptions {
         leave_running: true,
         tcp_established: true,
@@ -63,14 +105,24 @@ async fn checkpoint(podman: &Client, container: &Container) -> Result<Chunks> {
         .await
         .map_err(
             |source| match failure_log(&container.static_dir, FailureLog::Dump) {
-                Some(reason) => Error::Dump { source, reason },
+                Some(reason) => Error::Dump {
+                    source: Box::new(source.into()),
+                    reason,
+                },
                 None => source.into(),
             },
         )
 }
 
+/// A directory in memory for the files on their way.
+pub(super) fn staging(config: &Config) -> Result<PathBuf> {
+    let staging = config.staging_dir();
+    std::fs::create_dir_all(&staging).map_err(Error::file("make", &staging))?;
+    Ok(staging)
+}
+
 /// Where the container's files are.
-fn layers(container: &Container) -> Result<Layers> {
+pub(super) fn layers(container: &Container) -> Result<Layers> {
     let rootfs = &container.rootfs;
     Ok(Layers {
         upper: rootfs.upper.clone().ok_or(Error::OutOfOrder("overlay"))?,

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::{Migration, flows};
+use super::flows;
 use crate::agent::Connection;
 use crate::agent::protocol::{MigrationId, Nothing};
 use crate::conntrack::{Flow, Tuple};
@@ -81,11 +81,11 @@ pub(super) async fn hold_there(
 }
 
 /// Has the destination let its connections go.
-pub(super) async fn release_there(migration: &mut Migration<'_>) -> Result<()> {
-    let path = format!("/v1/migrations/{}/release", migration.id);
-    let Nothing {} = migration
-        .connection
-        .call(Method::POST, &path, &Nothing {})
-        .await?;
+pub(super) async fn release_there(
+    destination: &mut Connection,
+    migration: &MigrationId,
+) -> Result<()> {
+    let path = format!("/v1/migrations/{migration}/release");
+    let Nothing {} = destination.call(Method::POST, &path, &Nothing {}).await?;
     Ok(())
 }

@@ -18,6 +18,7 @@ mod check;
 mod commit;
 mod drain;
 mod effect;
+mod engine;
 mod event;
 mod flows;
 mod forwarding;
@@ -37,6 +38,7 @@ mod report;
 mod request;
 mod restore;
 mod revoke;
+mod shell;
 mod steer;
 mod transfer;
 mod undo;
@@ -50,6 +52,7 @@ pub use arrival::{Policy, Privilege, UnknownPrivilege};
 pub(crate) use check::{at_destination, refuse};
 pub use drain::{Drain, Left, Undrained};
 pub use effect::{Asked, Effect, End};
+pub use engine::Engine;
 pub use event::{Cargo, Event, Observer, Phase, UnknownPhase};
 pub(crate) use flows::{forget, mark_all, of as flows_of};
 pub(crate) use forwarding::{
@@ -72,7 +75,8 @@ pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
 pub use request::{Request, WhenFull};
 pub use revoke::{Hopless, Revoked, revoke};
-pub(crate) use undo::{Hands, leave_idle_hops, unwind};
+pub(crate) use shell::staging;
+pub(crate) use undo::{Hands, leave_idle_hops, remove_staging, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
@@ -130,6 +134,7 @@ struct Migration<'a> {
     freezer: Option<Freezer>,
     fence: Option<Fence>,
     forwarding: Option<Forwarding>,
+    shell: Option<shell::Shell>,
     frozen: Option<freeze::Frozen>,
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
@@ -179,6 +184,7 @@ impl<'a> Migration<'a> {
             freezer: None,
             fence: None,
             forwarding: None,
+            shell: None,
             frozen: None,
             flows: Vec::new(),
             stream: None,
@@ -286,6 +292,7 @@ impl<'a> Migration<'a> {
             migration: self.id,
             container: container.id.clone(),
             name: container.name.clone(),
+            engine: self.preflight.engine,
             destination: self.request.to.clone(),
             downtime: self.downtime,
             total: self.clock.started.elapsed(),

@@ -4,6 +4,7 @@ use hyper::Method;
 use serde::Serialize;
 
 use super::check as checks;
+use super::engine::{self, Engine};
 use super::lock::Lock;
 use super::{Clock, Event, Request, flows};
 use crate::agent::protocol::{Assessment, Offer};
@@ -11,6 +12,7 @@ use crate::agent::{Connection, Identity, Limits, Peer, PeerName, Peers, Permissi
 use crate::conntrack::Flow;
 use crate::criu::{Features, Finding, Severity};
 use crate::podman::{Client, Container};
+use crate::runtime::setup;
 use crate::{Config, Error, Result};
 
 /// What was seen of a container and of the two hosts.
@@ -25,6 +27,8 @@ pub struct Preflight {
     pub assessment: Assessment,
     /// The connections it has at this moment.
     pub flows: Vec<Flow>,
+    /// How its processes will cross.
+    pub engine: Engine,
     /// What both hosts found, refusals first.
     pub findings: Vec<Finding>,
 }
@@ -106,30 +110,35 @@ async fn look(
         networks.extend(podman.network(&attachment.name).await?);
     }
     let mut findings = checks::at_source(&container, &host, &features, &networks, &flows);
+    let direct = setup::wrapper(config, &host).is_some();
     let offer = Offer {
         container: container.clone(),
         networks,
         host,
         features,
+        direct,
     };
     let assessment: Assessment = connection
         .call(Method::POST, "/v1/assess", &offer)
         .await
         .map_err(Error::of_host(&request.to))?;
     findings.extend(assessment.findings.iter().cloned());
-    findings.sort_by_key(|finding| finding.severity != Severity::Refuse);
-    Ok((
-        Preflight {
-            container,
-            offer,
-            assessment,
-            flows,
-            findings,
-        },
-        peer,
-        connection,
-        podman,
-    ))
+    let engine = engine::choose(request.engine, offer.direct, assessment.direct);
+    let mut preflight = Preflight {
+        container,
+        offer,
+        assessment,
+        flows,
+        engine,
+        findings,
+    };
+    preflight
+        .findings
+        .extend(engine::unavailable(request, &preflight));
+    preflight
+        .findings
+        .sort_by_key(|finding| finding.severity != Severity::Refuse);
+    Ok((preflight, peer, connection, podman))
 }
 
 /// The container of this name or ID.

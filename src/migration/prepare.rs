@@ -12,7 +12,7 @@ use futures::{StreamExt, TryStreamExt};
 use hyper::{HeaderMap, Method};
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use super::{Asked, Cargo, Effect, Event, Migration, forwarding, hop};
+use super::{Asked, Cargo, Effect, Engine, Event, Migration, forwarding, hop, shell};
 use crate::agent::protocol::{IMAGE_PIECE, Nothing, Prepare, Prepared};
 use crate::podman::{Container, Network};
 use crate::{Error, Result};
@@ -25,7 +25,10 @@ pub(super) async fn prepare(migration: &mut Migration<'_>) -> Result<()> {
     if !migration.preflight.assessment.image_present {
         send_image(migration).await?;
     }
-    Ok(())
+    match migration.preflight.engine {
+        Engine::Rest => Ok(()),
+        Engine::Direct => shell::send(migration).await,
+    }
 }
 
 /// The largest packet that a container's networks carry, in bytes.

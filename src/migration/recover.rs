@@ -10,7 +10,7 @@ use super::journal::{Journal, JournalError, left_behind, number_of};
 use super::lock::Lock;
 use super::preflight::{must_be_root, podman};
 use super::report::Leftover;
-use super::undo::{Hands, unwind};
+use super::undo::{Hands, remove_staging, unwind};
 use crate::criu::State;
 use crate::{Config, Error, Result};
 
@@ -151,6 +151,9 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
                     note("the old container", Err(error.into()));
                 }
             },
+            Effect::Staging { directory } => {
+                note("the container's memory", remove_staging(directory))
+            }
             Effect::Hold { spec } => {
                 note(
                     "packets waiting",

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::drain::Drain;
+use super::engine::Engine;
 use super::event::Phase;
 use super::path::Path;
 use crate::agent::protocol::MigrationId;
@@ -22,6 +23,8 @@ pub struct Report {
     pub container: ContainerId,
     /// Its name.
     pub name: String,
+    /// How its processes crossed.
+    pub engine: Engine,
     /// The host it runs on now.
     pub destination: String,
     /// From the moment the packets of the container's connections began to wait until they were let

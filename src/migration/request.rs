@@ -2,6 +2,7 @@
 
 use tokio_util::sync::CancellationToken;
 
+use super::engine::Engine;
 use super::event::Phase;
 use crate::{Config, Error};
 
@@ -40,6 +41,8 @@ pub struct Request {
     /// Whether new connections to the container's published ports at the source go on to it, through
     /// the tunnel, until [`stop_forwarding`](super::stop_forwarding). Otherwise they are refused.
     pub forward_new: bool,
+    /// How the processes cross. Otherwise the best way that both hosts are set up for.
+    pub engine: Option<Engine>,
     /// Undo everything at the end of this phase, to see how the move would go.
     ///
     /// [`Phase::Restore`] is the last that can be: afterwards peers have heard the copy at the
@@ -61,6 +64,7 @@ impl Request {
             forward_new: false,
             keep_chain: false,
             when_full: WhenFull::default(),
+            engine: None,
             rehearse: None,
             cancel: CancellationToken::new(),
         }
@@ -94,6 +98,12 @@ impl Request {
     /// Dropping packets, or giving up, when no more can wait.
     pub fn when_full(mut self, policy: WhenFull) -> Request {
         self.when_full = policy;
+        self
+    }
+
+    /// With this engine, or else the best that both hosts have.
+    pub fn engine(mut self, engine: Option<Engine>) -> Request {
+        self.engine = engine;
         self
     }
 

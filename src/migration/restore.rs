@@ -42,10 +42,12 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
     let bytes = stream.progress.wire();
     migration.bytes_frozen = bytes;
     migration.bytes_sent += bytes;
-    migration.dump = stream
-        .captured
-        .get(STATS_DUMP)
-        .and_then(|image| DumpStats::parse(&image).ok());
+    let statistics = match (&stream.captured, &migration.shell) {
+        (Some(captured), _) => captured.get(STATS_DUMP),
+        (None, Some(shell)) => std::fs::read(shell.work.join(STATS_DUMP)).ok(),
+        (None, None) => None,
+    };
+    migration.dump = statistics.and_then(|image| DumpStats::parse(&image).ok());
     migration.clock.observer.observe(Event::Sent {
         what: Cargo::Container,
         bytes,

@@ -60,20 +60,32 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
         let switched = forwarding.switch();
         migration.note("carrying new connections", switched.map_err(Into::into));
     }
-    if migration.comes_home {
-        let released = home::release_there(migration).await;
-        migration.note("letting packets go at the destination", released);
-    }
     // A container without an address has no packets.
-    if let Some(hold) = migration.hands.holds.pop() {
-        match hold
-            .release(To::Destination, Pace::Rate(Rate::default()))
-            .await
-        {
-            // What is left to do is removing the rules, which the destination need not wait for.
-            Ok(released) => migration.released = Some(released),
-            Err(error) => migration.note("letting the packets go", Err(error.into())),
+    let hold = migration.hands.holds.pop();
+    let here = async {
+        match hold {
+            Some(hold) => {
+                let released = hold.release(To::Destination, Pace::Rate(Rate::default()));
+                released.await.map(Some)
+            }
+            None => Ok(None),
         }
+    };
+    let (connection, id) = (&mut migration.connection, &migration.id);
+    let comes_home = migration.comes_home;
+    let there = async {
+        match comes_home {
+            true => home::release_there(connection, id).await,
+            false => Ok(()),
+        }
+    };
+    // Neither waits for the other: they are packets of different connections.
+    let (here, there) = futures::join!(here, there);
+    migration.note("letting packets go at the destination", there);
+    match here {
+        // What is left to do is removing the rules, which the destination need not wait for.
+        Ok(released) => migration.released = released,
+        Err(error) => migration.note("letting the packets go", Err(error.into())),
     }
     Ok(())
 }

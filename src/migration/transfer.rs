@@ -9,6 +9,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 
 use super::Migration;
+use super::freeze::Frozen;
 use crate::agent::protocol::Flows;
 use crate::bundle::{self, Captured, Compression, Progress, splice};
 use crate::{Error, Result};
@@ -19,8 +20,8 @@ pub(super) struct Stream {
     pub bytes: BoxStream<'static, Result<Bytes, bundle::Error>>,
     /// How many of them have gone.
     pub progress: Progress,
-    /// What CRIU says of the dump, once it has gone by.
-    pub captured: Captured,
+    /// What Podman's archive says of the dump, once it has gone by.
+    pub captured: Option<Captured>,
 }
 
 pub(super) async fn transfer(migration: &mut Migration<'_>) -> Result<()> {
@@ -31,9 +32,17 @@ pub(super) async fn transfer(migration: &mut Migration<'_>) -> Result<()> {
     let header = Flows {
         flows: migration.flows.clone(),
     };
-    let (spliced, captured) =
-        bundle::spliced(frozen.changed, frozen.checkpoint, &[splice::STATS_DUMP]);
-    let (bytes, progress) = bundle::send(bundle::headed(&header, spliced)?, Compression::None);
+    let (content, captured) = match frozen {
+        Frozen::Rest {
+            checkpoint,
+            changed,
+        } => {
+            let (spliced, captured) = bundle::spliced(changed, checkpoint, &[splice::STATS_DUMP]);
+            (spliced.boxed(), Some(captured))
+        }
+        Frozen::Direct { images } => (bundle::images(&images)?.boxed(), None),
+    };
+    let (bytes, progress) = bundle::send(bundle::headed(&header, content)?, Compression::None);
     migration.stream = Some(Stream {
         bytes: bytes.boxed(),
         progress,

@@ -1,6 +1,7 @@
 //! Undoing what the journal names.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use hyper::Method;
@@ -199,6 +200,7 @@ impl Hands {
                 let Nothing {} = ask(&self.config, peer, Method::DELETE, &path).await?;
                 Ok(())
             }
+            Effect::Staging { directory } => Ok(remove_staging(directory)?),
             Effect::CameHome { addresses, hop } => Ok(send_away(addresses, *hop).await?),
             Effect::Restored {
                 container,
@@ -286,6 +288,16 @@ impl Hands {
             tracing::warn!(%container, "its published ports are not free yet");
         }
         Ok(())
+    }
+}
+
+/// Removes a container's memory that was on its way.
+pub(crate) fn remove_staging(directory: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::file("remove", directory)(error))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -288,6 +288,17 @@ impl Node {
         self.path("/run/podman/podman.sock")
     }
 
+    /// The directory of the cgroup in which the host's memory is counted, containers included.
+    pub async fn memory_cgroup(&self) -> PathBuf {
+        let output = Command::new(SCRIPT)
+            .args(["--id", &self.lab, "memory", &self.name])
+            .output()
+            .await
+            .expect("the lab's script can be run");
+        assert!(output.status.success(), "{}: no cgroup", self.name);
+        PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+    }
+
     /// The network namespace, as this test can enter it.
     pub fn network_namespace(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/ns/net", self.pid()))

@@ -85,6 +85,10 @@ impl Pair {
             lab,
             verbose,
         };
+        // Also a whole run of the tests can be made with the other engine.
+        if std::env::var("LIVEMIG_TEST_ENGINE").as_deref() == Ok("direct") {
+            pair.set_up().await;
+        }
         let agents = (1..=pair.lab.hosts.len()).map(|host| pair.spawn_agent(host));
         pair.agents = Agents(agents.collect());
         for agent in &pair.agents.0 {
@@ -115,6 +119,20 @@ impl Pair {
             }
         }
         pair
+    }
+
+    /// Hosts that are set up for the direct engine.
+    pub async fn direct(lab: Builder) -> Pair {
+        let pair = Pair::of(lab).await;
+        pair.set_up().await;
+        pair
+    }
+
+    async fn set_up(&self) {
+        for host in &self.lab.hosts {
+            host.exec(&["livemig", "setup"]).await;
+            host.podman_service("restart").await;
+        }
     }
 
     fn spawn_agent(&self, host: usize) -> Process {

@@ -99,8 +99,9 @@ fn run(arguments: &mut Arguments) -> io::Result<()> {
             let mib = arguments.number("MIB")?;
             let percent = arguments.number("PERCENT_PER_SECOND")?;
             let mut server = Server::default();
-            server.listen(arguments.address()?, Role::Echo)?;
+            // Whoever can connect can count on all of it.
             server.memory = Some(Memory::new(mib as usize, percent));
+            server.listen(arguments.address()?, Role::Echo)?;
             server.run()
         }
         "dial" => {
@@ -787,7 +788,7 @@ impl Server {
 
     fn needs_ticks(&self) -> bool {
         self.greeting_every.is_some()
-            || self.memory.is_some()
+            || self.memory.as_ref().is_some_and(Memory::changes)
             || self
                 .connections
                 .iter()
@@ -896,29 +897,42 @@ impl Server {
 }
 
 /// Memory that is really there (no page of it is zero or like another), part of it written over and
-/// over. Each page carries its index, and how often it was rewritten.
+/// over, page after page, round after round. Each page carries its index, and how often it was
+/// rewritten, which follows from how many were rewritten in all: a page that was lost, or is as it was
+/// a while ago, is found.
 struct Memory {
-    pages: Vec<[u64; 512]>,
+    pages: Vec<Page>,
     per_second: f64,
     due: f64,
     next: usize,
     writes: u64,
 }
 
+/// One page as the kernel has it, so that what is rewritten is what becomes dirty.
+#[repr(C, align(4096))]
+struct Page([u64; 512]);
+
+impl Page {
+    /// Index and count of rewritings; then content that nothing can compress.
+    fn new(index: u64) -> Page {
+        let mut words = [0; 512];
+        words[0] = index;
+        for at in 2..512u64 {
+            words[at as usize] = word(index, at);
+        }
+        Page(words)
+    }
+
+    fn is(&self, index: u64) -> bool {
+        self.0[0] == index && (2..512u64).all(|at| self.0[at as usize] == word(index, at))
+    }
+}
+
 impl Memory {
     fn new(mib: usize, percent: u64) -> Memory {
         let count = mib * 256;
-        let mut pages = Vec::with_capacity(count);
-        for index in 0..count as u64 {
-            let mut page = [0; 512];
-            page[0] = index;
-            for at in 2..512u64 {
-                page[at as usize] = word(index, at);
-            }
-            pages.push(page);
-        }
         Memory {
-            pages,
+            pages: (0..count as u64).map(Page::new).collect(),
             per_second: count as f64 * percent as f64 / 100.0,
             due: 0.0,
             next: 0,
@@ -926,29 +940,34 @@ impl Memory {
         }
     }
 
+    /// Whether it is rewritten at all.
+    fn changes(&self) -> bool {
+        self.per_second > 0.0
+    }
+
     fn touch(&mut self, elapsed: Duration) {
         // A pause (a move) is not made up for.
         self.due += self.per_second * elapsed.as_secs_f64().min(0.1);
         while self.due >= 1.0 && !self.pages.is_empty() {
             self.due -= 1.0;
-            self.pages[self.next][1] += 1;
+            self.pages[self.next].0[1] += 1;
             self.writes += 1;
             self.next = (self.next + 1) % self.pages.len();
         }
     }
 
+    /// Looks at every page: `wrong` are those with another content, `stale` those that miss
+    /// rewritings.
     fn check(&self) -> String {
-        let mut wrong = 0;
-        let mut writes = 0;
+        let rounds = self.writes / (self.pages.len() as u64).max(1);
+        let (mut wrong, mut stale, mut writes) = (0, 0, 0);
         for (index, page) in self.pages.iter().enumerate() {
-            let index = index as u64;
-            let good =
-                page[0] == index && (2..512u64).all(|at| page[at as usize] == word(index, at));
-            wrong += u64::from(!good);
-            writes += page[1];
+            wrong += u64::from(!page.is(index as u64));
+            stale += u64::from(page.0[1] != rounds + u64::from(index < self.next));
+            writes += page.0[1];
         }
         format!(
-            "{{\"pages\":{},\"wrong\":{wrong},\"writes\":{},\"writes_lost\":{}}}",
+            "{{\"pages\":{},\"wrong\":{wrong},\"stale\":{stale},\"writes\":{},\"writes_lost\":{}}}",
             self.pages.len(),
             self.writes,
             self.writes - writes.min(self.writes)

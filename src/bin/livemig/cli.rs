@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
 use livemig::agent::Permission;
-use livemig::migration::{Phase, Privilege, WhenFull};
+use livemig::migration::{Engine, Phase, Privilege, WhenFull};
 
 /// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
 #[derive(Debug, Parser)]
@@ -243,6 +243,13 @@ pub enum Command {
         #[arg(long)]
         forward_new: bool,
 
+        /// How the container's processes cross
+        ///
+        /// Without this, `direct` where both hosts are set up for it (see `livemig setup --help`), else
+        /// `rest`.
+        #[arg(long, value_name = "ENGINE")]
+        engine: Option<EngineName>,
+
         /// Go as far as the end of this phase, then undo everything
         ///
         /// The container stays here and its connections stay open: a way to see how long the move
@@ -291,6 +298,21 @@ pub enum Command {
     /// undone, after the destination has given up its copy.
     Recover,
 
+    /// Put livemig between Podman and its runtime, for the direct engine
+    ///
+    /// The container that is moved is then made at the destination while it still runs here, and its
+    /// memory goes straight from CRIU to CRIU. Needed on both hosts. Podman goes on working as before,
+    /// and containers that run already can be moved; but Podman's service has to be restarted, for it
+    /// reads its configuration when it starts: systemctl restart podman.service
+    ///
+    /// It writes a drop-in for containers.conf, and nothing into files that are not livemig's. Done
+    /// again, it does nothing.
+    Setup {
+        /// Take it away again
+        #[arg(long)]
+        remove: bool,
+    },
+
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -305,6 +327,24 @@ pub enum Command {
         /// The socket it is controlled by
         socket: PathBuf,
     },
+}
+
+/// How processes cross.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineName {
+    /// By Podman's own export and import, on hosts as they are
+    Rest,
+    /// Straight from CRIU to CRIU, into a container that is there already
+    Direct,
+}
+
+impl From<EngineName> for Engine {
+    fn from(name: EngineName) -> Engine {
+        match name {
+            EngineName::Rest => Engine::Rest,
+            EngineName::Direct => Engine::Direct,
+        }
+    }
 }
 
 /// What happens when no more packets can wait.

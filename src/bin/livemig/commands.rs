@@ -54,6 +54,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             when_full,
             hold_packets,
             hold_mib,
+            engine,
             rehearse,
             report,
         } => {
@@ -67,6 +68,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
                 .forward_new(forward_new)
                 .keep_chain(keep_chain)
                 .when_full(when_full.into())
+                .engine(engine.map(Into::into))
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
         }
@@ -82,6 +84,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             container, watch, ..
         } => flows(&config, container.as_deref(), watch, json).await,
         Command::Recover => recover(&config, json).await,
+        Command::Setup { remove } => setup(&config, remove, json),
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,
@@ -113,6 +116,32 @@ fn print_json<T: Serialize>(value: &T) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn setup(config: &Config, remove: bool, json: bool) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
+    let done = match remove {
+        true => livemig::runtime::setup::remove(config)?,
+        false => livemig::runtime::setup::install(config)?,
+    };
+    if json {
+        return Ok(print_json(&done));
+    }
+    let (drop_in, runtimes) = (done.drop_in.display(), done.runtimes.join(" and "));
+    match (remove, done.changed) {
+        (false, true) => println!(
+            "livemig stands in front of {runtimes} ({drop_in})\n\
+             now restart Podman's service, which reads its configuration when it starts: \
+             systemctl restart podman.service"
+        ),
+        (false, false) => println!("livemig stands in front of {runtimes} already ({drop_in})"),
+        (true, true) => println!(
+            "livemig is gone from in front of Podman's runtimes\n\
+             now restart Podman's service: systemctl restart podman.service"
+        ),
+        (true, false) => println!("nothing was set up"),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn agent(config: Config, listen: std::net::SocketAddr) -> Result<ExitCode, Error> {

@@ -11,8 +11,13 @@ mod verdict;
 use std::process::ExitCode;
 
 use clap::Parser;
+use livemig::runtime::wrapper;
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    if let Some(runtime) = wrapper::called_as(arguments.next().as_deref()) {
+        return wrapper::run(&runtime, arguments.collect());
+    }
     let cli = cli::Cli::parse();
     let is_device = matches!(cli.command, cli::Command::TunnelDevice { .. });
     // The library of the userspace device tells its keys when asked for everything.

@@ -1,7 +1,7 @@
 //! A hold at the destination: what comes for a container that is being restored waits, and is let in
 //! no faster than its sockets take it.
 
-use super::keeper::Order;
+use super::keeper::{Order, Terms};
 use super::{Hold, HoldSpec, Pace, Released, Reserved, To};
 use crate::conntrack::Result;
 use crate::netlink::Namespace;
@@ -30,11 +30,11 @@ impl Intake {
     /// The container runs: datagrams are let in as its sockets, in its network namespace, take
     /// them.
     pub fn open(&self, container: &Namespace) {
-        self.hold.order(Order::Release {
+        self.hold.order(Order::Release(Terms {
             to: To::Destination,
             pace: Pace::Sockets(container.clone()),
             until_finish: true,
-        });
+        }));
     }
 
     /// How many packets have been held so far.

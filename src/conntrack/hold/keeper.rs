@@ -49,14 +49,18 @@ const RELEASE: &str = "release packets";
 #[derive(Debug)]
 pub(super) enum Order {
     /// Let go. Told a second time, the second one counts.
-    Release {
-        to: To,
-        pace: Pace,
-        /// Whether there is a [`Order::Finish`] to come, before which it does not end.
-        until_finish: bool,
-    },
+    Release(Terms),
     /// Nothing more comes out of the hop.
     Finish,
+}
+
+/// How packets are to be let go.
+#[derive(Debug)]
+pub(super) struct Terms {
+    pub to: To,
+    pub pace: Pace,
+    /// Whether there is an [`Order::Finish`] to come, before which it does not end.
+    pub until_finish: bool,
 }
 
 /// What others may know of a hold at any time.
@@ -116,8 +120,8 @@ pub(super) fn work(
         .and_then(|runtime| {
             runtime.block_on(async {
                 let mut keeper = Keeper::new(spec, queue, gauge)?;
-                let order = keeper.keep(&mut orders).await?;
-                keeper.release(order, &mut orders).await?;
+                let terms = keeper.keep(&mut orders).await?;
+                keeper.release(terms, &mut orders).await?;
                 Ok(keeper)
             })
         });
@@ -163,7 +167,7 @@ impl<'a> Keeper<'a> {
     }
 
     /// Notes what arrives until an order comes. Without anybody left to give one: to the source.
-    async fn keep(&mut self, orders: &mut mpsc::UnboundedReceiver<Order>) -> Result<Order> {
+    async fn keep(&mut self, orders: &mut mpsc::UnboundedReceiver<Order>) -> Result<Terms> {
         let queue = Arc::clone(&self.queue);
         loop {
             let mut ready = tokio::select! {
@@ -171,7 +175,7 @@ impl<'a> Keeper<'a> {
                 order = orders.recv() => match order {
                     // There is nothing to end yet.
                     Some(Order::Finish) => continue,
-                    Some(order) => return Ok(order),
+                    Some(Order::Release(terms)) => return Ok(terms),
                     None => return Ok(ABANDONED),
                 },
                 ready = queue.readable() => {
@@ -278,20 +282,20 @@ impl<'a> Keeper<'a> {
     /// Lets go what waits, and what arrives meanwhile, until packets pass the queue.
     async fn release(
         &mut self,
-        order: Order,
+        terms: Terms,
         orders: &mut mpsc::UnboundedReceiver<Order>,
     ) -> Result<()> {
         let queue = Arc::clone(&self.queue);
         let began = Instant::now();
-        let mut course = Course::begin(self, order)?;
+        let mut course = Course::begin(self, &terms)?;
         let (mut fewest, mut since) = (usize::MAX, began);
         loop {
             loop {
                 match orders.try_recv() {
                     Ok(Order::Finish) => course.finished = true,
-                    Ok(order) => course = Course::begin(self, order)?,
+                    Ok(Order::Release(terms)) => course = Course::begin(self, &terms)?,
                     Err(mpsc::error::TryRecvError::Disconnected) if !course.finished => {
-                        course = Course::begin(self, ABANDONED)?;
+                        course = Course::begin(self, &ABANDONED)?;
                     }
                     Err(_) => break,
                 }
@@ -455,7 +459,7 @@ impl<'a> Keeper<'a> {
 }
 
 /// What is done when nobody is left to say what to do.
-const ABANDONED: Order = Order::Release {
+const ABANDONED: Terms = Terms {
     to: To::Source,
     pace: Pace::Unpaced,
     until_finish: false,
@@ -470,15 +474,8 @@ struct Course {
 }
 
 impl Course {
-    fn begin(keeper: &mut Keeper<'_>, order: Order) -> Result<Course> {
-        let Order::Release {
-            to,
-            pace,
-            until_finish,
-        } = order
-        else {
-            unreachable!("only a release begins one")
-        };
+    fn begin(keeper: &mut Keeper<'_>, terms: &Terms) -> Result<Course> {
+        let to = terms.to;
         // What was sorted before is sorted again: it may go elsewhere now.
         let mut again: Vec<Held> = keeper.paced.drain(..).collect();
         again.extend(keeper.waiting.drain(..));
@@ -487,8 +484,8 @@ impl Course {
         let hop = hop.filter(|_| to == To::Destination);
         Ok(Course {
             to,
-            pacer: Pacer::new(&pace, keeper.arrival(), hop)?,
-            finished: !until_finish,
+            pacer: Pacer::new(&terms.pace, keeper.arrival(), hop)?,
+            finished: !terms.until_finish,
         })
     }
 }

@@ -78,7 +78,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 pub use intake::Intake;
-use keeper::{Gauge, Order, REMOVE, work};
+use keeper::{Gauge, Order, REMOVE, Terms, work};
 pub use pace::{Pace, Rate};
 use queue::{Queue, socket_error};
 pub use report::{HoldReport, To};
@@ -252,11 +252,11 @@ impl Hold {
     /// # Errors
     /// When the kernel cannot be asked, or refuses. The rules are gone then, and nothing waits.
     pub async fn release(mut self, to: To, pace: Pace) -> Result<Released> {
-        self.order(Order::Release {
+        self.order(Order::Release(Terms {
             to,
             pace,
             until_finish: false,
-        });
+        }));
         self.passed().await
     }
 
@@ -288,11 +288,11 @@ impl Drop for Hold {
     fn drop(&mut self) {
         // Packets must not wait for a caller who has gone. This takes milliseconds.
         if let Some(thread) = self.thread.take() {
-            self.order(Order::Release {
+            self.order(Order::Release(Terms {
                 to: To::Source,
                 pace: Pace::Unpaced,
                 until_finish: false,
-            });
+            }));
             match thread.join() {
                 Ok(Ok(report)) => tracing::debug!(?report, "a hold was dropped and released"),
                 Ok(Err(error)) => tracing::warn!(%error, "a hold was dropped and not released"),

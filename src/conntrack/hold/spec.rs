@@ -194,12 +194,7 @@ impl HoldSpec {
             }
         }
         for mut statements in self.newcomers(PortProtocol::Udp) {
-            statements.insert(
-                0,
-                json!({ "match": {
-                    "op": "in", "left": { "ct": { "key": "state" } }, "right": "new",
-                } }),
-            );
+            statements.insert(0, ruleset::begins());
             statements.push(newcomer.clone());
             commands.push(rule(&established, &statements));
         }
@@ -209,7 +204,7 @@ impl HoldSpec {
         let established = self.established_chain();
         for address in &self.addresses {
             let statements = [
-                equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),
+                ruleset::out_of_a_hop(),
                 equal(payload(ip(address), "daddr"), address),
                 // TCP has windows of its own; only datagrams have to be let in at a pace.
                 equal(json!({ "meta": { "key": "l4proto" } }), "udp"),
@@ -225,12 +220,7 @@ impl HoldSpec {
         for address in &self.addresses {
             let own = vec![equal(payload(ip(address), "saddr"), address)];
             for mut statements in flows_of(address).into_iter().chain([own]) {
-                statements.insert(
-                    0,
-                    json!({ "match": {
-                        "op": "!=", "left": { "meta": { "key": "iifname" } }, "right": "livemig*",
-                    } }),
-                );
+                statements.insert(0, ruleset::not_out_of_a_hop());
                 statements.push(known.clone());
                 commands.push(rule(&established, &statements));
             }
@@ -243,7 +233,7 @@ impl HoldSpec {
         let mut matches = published::matches(&self.ports, protocol);
         matches.extend(self.addresses.iter().map(|address| {
             vec![
-                equal(json!({ "meta": { "key": "iifname" } }), "livemig*"),
+                ruleset::out_of_a_hop(),
                 equal(payload(ip(address), "daddr"), address),
                 equal(
                     json!({ "meta": { "key": "l4proto" } }),

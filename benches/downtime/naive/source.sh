@@ -27,10 +27,12 @@ END
         sed -n 's/.*ESTABLISHED src=\([^ ]*\) dst=[^ ]* sport=\([0-9]*\) dport=[0-9]* src=[^ ]* dst=[^ ]* sport=\([0-9]*\) .*/\1 \2 \3/p' \
             >"/dev/tcp/$destination/4002"
 } &
+frozen=$EPOCHREALTIME
 # Stopped, so that nothing of it speaks up later; not compressed, which a local network does not need.
 podman container checkpoint --export "$archive" --compress none --tcp-established --print-stats "$container" >/tmp/checkpoint.json
 cat "$archive" >"/dev/tcp/$destination/4001"
 wait "$runs"
+thawed=$EPOCHREALTIME
 # The binding stays as it is; only the way behind it is another.
 ip route add "$address/32" via "$destination"
 nft delete table ip naive
@@ -38,4 +40,5 @@ nft delete table ip naive
 podman rm "$container" >/dev/null
 bytes=$(stat -c %s "$archive")
 rm "$archive"
-printf '{"bytes_sent":%s,"checkpoint":%s}\n' "$bytes" "$(cat /tmp/checkpoint.json)"
+printf '{"bytes_sent":%s,"frozen_us":%s,"checkpoint":%s}\n' "$bytes" "$((${thawed/./} - ${frozen/./}))" \
+    "$(cat /tmp/checkpoint.json)"

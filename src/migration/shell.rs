@@ -1,0 +1,110 @@
+//! The container without its processes, made at the destination while they run here.
+//!
+//! Podman is asked for a checkpoint, and its runtime, which is livemig, says at once that it is done
+//! ([`runtime`](crate::runtime)). What Podman exports then is the **shell**: configuration, networks,
+//! volumes, and with livemig's own part the changed files, as they are at that moment. The destination
+//! makes a container of it, down to the last step, and waits there. What changes from then on goes with
+//! the memory.
+
+use std::path::PathBuf;
+
+use hyper::{HeaderMap, Method};
+
+use super::{Effect, Migration, freeze};
+use crate::agent::protocol::Nothing;
+use crate::bundle::{self, Compression, DeltaFile};
+use crate::runtime::{Invocation, Rendezvous, Verb, setup};
+use crate::{Error, Result, runtime};
+
+/// The checkpoint that Podman believes to have made.
+#[derive(Debug)]
+pub(super) struct Shell {
+    /// How Podman has a checkpoint of this container made.
+    pub checkpoint: Invocation,
+    /// By which program.
+    pub runtime: PathBuf,
+    /// Where its images will be, in memory.
+    pub images: PathBuf,
+    /// Where CRIU's log and statistics will be.
+    pub work: PathBuf,
+}
+
+/// Has the destination make the container, all but its processes.
+pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
+    let config = &migration.request.config;
+    let container = &migration.preflight.container;
+    let directory = config.memory_dir.join(format!("livemig-{}", migration.id));
+    migration.journal.will([Effect::Staging {
+        directory: directory.clone(),
+    }])?;
+    let (images, work) = staging(&directory)?;
+
+    let within = config.shell_timeout;
+    let rendezvous = Rendezvous::open(&setup::waiting(config), Verb::Checkpoint, &container.id)?;
+    let not_called = runtime::Error::NotCalled {
+        verb: Verb::Checkpoint,
+        within,
+    };
+    let call = async {
+        let arrived = rendezvous.arrival(within).await?;
+        let checkpoint = arrived.invocation().clone();
+        if checkpoint.option("--leave-running").is_none() {
+            // Somebody's own, that came in between. It would be believed to have been made.
+            arrived.refuse("this container is being migrated").await?;
+            return Err(Error::Busy {
+                container: container.name.clone(),
+                holder: "somebody who checkpoints it".to_owned(),
+            });
+        }
+        let runtime = arrived.program().to_owned();
+        arrived.pretend().await?;
+        Ok(Shell {
+            checkpoint,
+            runtime,
+            images,
+            work,
+        })
+    };
+    let checkpoint = freeze::checkpoint(&migration.hands.podman, container);
+    let mut checkpoint = std::pin::pin!(checkpoint);
+    let shell = tokio::select! {
+        biased;
+        shell = call => shell?,
+        // Before livemig was asked: it was not the runtime.
+        made = &mut checkpoint => {
+            drop(made?);
+            return Err(not_called.into());
+        }
+    };
+    let archive = checkpoint.await?;
+    drop(rendezvous);
+    let changed = DeltaFile::make(freeze::layers(container)?, freeze::staging(config)?).await?;
+    let (archive, _) = bundle::spliced(changed, archive, &[]);
+    let (bytes, progress) = bundle::send(archive, Compression::None);
+    let path = format!("/v1/migrations/{}/shell", migration.id);
+    let Nothing {} = migration
+        .connection
+        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within)
+        .await
+        .map_err(Error::of_host(&migration.request.to))?;
+    migration.bytes_sent += progress.wire();
+    migration.shell = Some(shell);
+    Ok(())
+}
+
+/// Makes the directories for CRIU's images and for its log, which nobody else can look into.
+pub(crate) fn staging(directory: &std::path::Path) -> Result<(PathBuf, PathBuf)> {
+    use std::os::unix::fs::DirBuilderExt;
+    let make = |path: &std::path::Path| {
+        // Not one that somebody else has put there: the place may be one where all may write.
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(path)
+            .map_err(Error::file("make", path))
+    };
+    let (images, work) = (directory.join("images"), directory.join("work"));
+    make(directory)?;
+    make(&images)?;
+    make(&work)?;
+    Ok((images, work))
+}

@@ -1,0 +1,29 @@
+//! Being the OCI runtime that Podman calls, for the direct engine.
+//!
+//! Most of what a move by Podman alone costs is not CRIU: Podman collects an archive at the source while
+//! the container is frozen, and at the destination unpacks it, mounts, sets up the network and starts a
+//! monitor, all before CRIU begins. None of that needs the container's memory. So livemig stands between
+//! Podman and the runtime ([`setup`]), as a [`wrapper`] that hands everything on, but for two calls:
+//!
+//! - a *checkpoint* that livemig has asked Podman for is answered at once, without one. Podman then
+//!   writes the archive of everything but memory, the **shell**, of a container that runs on;
+//! - the *restore* of such a shell waits. By then Podman has made the container at the destination up to
+//!   the last step. It goes on when the memory is there.
+//!
+//! In between, the source freezes the container and has the real runtime dump it ([`dump`]). What Podman
+//! asked for is known from its own command line ([`invocation`]); whoever waits for its call is met at a
+//! socket ([`rendezvous`]). If nobody waits, the wrapper becomes the real runtime.
+
+pub mod dump;
+mod error;
+pub mod invocation;
+pub mod rendezvous;
+pub mod setup;
+pub mod wrapper;
+
+pub use error::Error;
+pub use invocation::{Invocation, Verb};
+pub use rendezvous::{Arrived, Outcome, Rendezvous};
+
+/// What the functions of this module return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
