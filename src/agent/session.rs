@@ -30,6 +30,7 @@ use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
+use crate::criu::pages::Layout;
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
@@ -324,6 +325,13 @@ impl Sessions {
                 let (_, session) = self.find(&caller, id)?;
                 let mut session = session.lock().await;
                 let taken = self.take_files(&session, body).await;
+                session.heard_of = Instant::now();
+                said(taken)
+            }
+            (&Method::PUT, ["v1", "migrations", id, "pages"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let taken = take_pages(&session, body).await;
                 session.heard_of = Instant::now();
                 said(taken)
             }
@@ -967,6 +975,16 @@ async fn let_in(journal: &Journal) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Takes the memory of the container that waits for its processes.
+async fn take_pages(session: &Session, body: Body) -> Result<Nothing, Error> {
+    let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
+    let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
+    let criu = &session.offer.features.criu;
+    let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
+    shell.take_pages(pages, Layout::of(criu.version)).await?;
+    Ok(Nothing {})
 }
 
 /// Removes the memory that the container has been restored from.

@@ -14,6 +14,8 @@ use tokio::task::JoinHandle;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::bundle::{self, Limits, TreeId};
+use crate::criu::pages::Layout;
+use crate::criu::pages::writer::PageWriter;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::dump::CriuOptions;
 use crate::runtime::{Arrived, Invocation, Outcome, Rendezvous};
@@ -107,6 +109,26 @@ impl Shell {
         Ok(())
     }
 
+    /// Takes the pages of the container's memory.
+    ///
+    /// # Errors
+    /// Those of the stream; [`crate::criu::Error::Pages`] if it is not CRIU's, and
+    /// [`crate::criu::Error::Write`] if there is no room.
+    pub async fn take_pages<S>(&self, pages: S, layout: Layout) -> Result<(), Error>
+    where
+        S: Stream<Item = bundle::Result<Bytes>> + Send,
+    {
+        let mut writer = PageWriter::new(&self.images, layout);
+        let mut pages = std::pin::pin!(pages);
+        while let Some(piece) = pages.try_next().await? {
+            // Into memory, which does not wait.
+            writer.feed(&piece)?;
+        }
+        let bytes = writer.finish()?;
+        tracing::debug!(bytes, "the container's memory is here");
+        Ok(())
+    }
+
     /// Takes CRIU's images. Returns what follows them.
     ///
     /// # Errors
@@ -134,7 +156,9 @@ impl Shell {
         let call = call
             .with_image_path(&self.images)
             .with_work_path(&self.work);
-        let environment = CriuOptions::packets_are_held().write(&self.work.join("criu.conf"))?;
+        // A page that has been read is not needed any more: there is never a second copy of them all.
+        let options = CriuOptions::packets_are_held().with("auto-dedup");
+        let environment = options.write(&self.work.join("criu.conf"))?;
         let program = runtime.program().display().to_string();
         match runtime.run(&call, environment).await? {
             Outcome {

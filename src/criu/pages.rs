@@ -1,0 +1,261 @@
+//! Memory pages on their way out of CRIU, and into its images at the other end.
+//!
+//! CRIU can send the pages that it dumps to a *page server* instead of writing them to files. At the source
+//! livemig is that server ([`relay`]), and passes on what it hears; at the destination it writes what the
+//! page server would have written ([`writer`]). So a container's memory goes from its processes into the
+//! destination's memory, and lies nowhere in between.
+//!
+//! # The protocol
+//! (`struct page_server_iov` in `criu/page-xfer.c`.) Commands in the machine's byte order, here least
+//! significant byte first: the command (16 bits) and its flags (16), a number of pages, an address (64),
+//! and which memory it is part of (64: a type in the lowest 8, then a number). The number of pages has 32
+//! bits, and from CRIU 4.2 on 64 ([`Layout`]). After an addition whose flags say that the pages are present
+//! come the pages. CRIU waits for an answer after opening, after asking for a parent, and at the end; the
+//! relay gives it, so none has to cross.
+
+pub mod relay;
+pub mod writer;
+
+use super::{Error, Result, Version};
+
+/// The size of a page. (`PAGE_SIZE` of the architectures that CRIU runs on is 4 KiB in most kernels.)
+pub(super) fn page_size() -> u64 {
+    rustix::param::page_size() as u64
+}
+
+/// No run of pages that CRIU sends is longer, in pages: 1 TiB.
+const MOST_PAGES: u64 = 1 << 28;
+
+/// How commands are laid out, which the version of the CRIU that sends them says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Numbers of pages have 32 bits.
+    Narrow,
+    /// They have 64, and begin at a multiple of 8 bytes.
+    Wide,
+}
+
+impl Layout {
+    /// That of this version of CRIU.
+    pub fn of(criu: Version) -> Layout {
+        match criu < Version::new(4, 2) {
+            true => Layout::Narrow,
+            false => Layout::Wide,
+        }
+    }
+
+    /// How long a command is, in bytes.
+    fn length(self) -> usize {
+        match self {
+            Layout::Narrow => 24,
+            Layout::Wide => 32,
+        }
+    }
+}
+
+/// What a command says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Command {
+    /// What follows is of this memory. CRIU waits to hear whether the memory has a parent.
+    Open(Memory),
+    /// Whether this memory has a parent.
+    HasParent(Memory),
+    /// A run of pages.
+    Add(Memory, Run),
+    /// That was all.
+    Close,
+}
+
+/// Which memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Memory {
+    /// Of the process with this number in its own namespace.
+    Process(u64),
+    /// Shared memory with this number.
+    Shared(u64),
+}
+
+/// Pages one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run {
+    address: u64,
+    pages: u64,
+    flags: u32,
+}
+
+/// Something in a stream of pages.
+enum Seen<'a> {
+    Command(Command),
+    /// A part of the pages of the last addition.
+    Pages(&'a [u8]),
+}
+
+/// Reads a stream of pages, however it is cut.
+#[derive(Debug)]
+struct Reader {
+    layout: Layout,
+    /// A command of which a part has come.
+    command: Vec<u8>,
+    /// How many bytes of pages are still to come before the next command.
+    left: u64,
+    ended: bool,
+}
+
+impl Reader {
+    fn new(layout: Layout) -> Reader {
+        Reader {
+            layout,
+            command: Vec::new(),
+            left: 0,
+            ended: false,
+        }
+    }
+
+    /// Shows what is in the next piece.
+    fn read<'a>(
+        &mut self,
+        mut piece: &'a [u8],
+        mut show: impl FnMut(Seen<'a>) -> Result<()>,
+    ) -> Result<()> {
+        while !piece.is_empty() {
+            if self.left > 0 {
+                let most = piece
+                    .len()
+                    .min(usize::try_from(self.left).unwrap_or(usize::MAX));
+                let (pages, rest) = piece.split_at(most);
+                show(Seen::Pages(pages))?;
+                self.left -= most as u64;
+                piece = rest;
+                continue;
+            }
+            if self.ended {
+                return Err(Error::Pages("something follows the end"));
+            }
+            let missing = self.layout.length() - self.command.len();
+            let (part, rest) = piece.split_at(missing.min(piece.len()));
+            self.command.extend_from_slice(part);
+            piece = rest;
+            if self.command.len() == self.layout.length() {
+                let command = Command::read(&self.command, self.layout);
+                let command = command.ok_or(Error::Pages("an unknown command"))?;
+                self.command.clear();
+                match command {
+                    Command::Add(_, run) => self.left = run.content(),
+                    Command::Close => self.ended = true,
+                    Command::Open(_) | Command::HasParent(_) => {}
+                }
+                show(Seen::Command(command))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Run {
+    /// `PE_PRESENT` of `criu/include/pagemap.h`: the pages themselves follow.
+    const PRESENT: u32 = 1 << 2;
+
+    /// How many bytes of pages follow.
+    fn content(self) -> u64 {
+        match self.flags & Run::PRESENT {
+            0 => 0,
+            _ => self.pages * page_size(),
+        }
+    }
+}
+
+impl Memory {
+    /// `PS_TYPE_PID` and `PS_TYPE_SHMEM`.
+    fn read(number: u64) -> Option<Memory> {
+        match number & 0xff {
+            1 => Some(Memory::Process(number >> 8)),
+            2 => Some(Memory::Shared(number >> 8)),
+            _ => None,
+        }
+    }
+}
+
+impl Command {
+    /// Reads one; nothing if it is none that CRIU sends while it dumps.
+    fn read(bytes: &[u8], layout: Layout) -> Option<Command> {
+        let number = |from: usize, length: usize| -> Option<u64> {
+            let part = bytes.get(from..from + length)?.iter().rev();
+            Some(part.fold(0, |number, byte| number << 8 | u64::from(*byte)))
+        };
+        let (command, flags) = (number(0, 2)?, number(2, 2)?);
+        let (pages, address, memory) = match layout {
+            Layout::Narrow => (number(4, 4)?, number(8, 8)?, number(16, 8)?),
+            Layout::Wide => (number(8, 8)?, number(16, 8)?, number(24, 8)?),
+        };
+        let memory = Memory::read(memory);
+        // `PS_IOV_OPEN2`, `PS_IOV_PARENT`, `PS_IOV_ADD_F`, `PS_IOV_CLOSE`, `PS_IOV_FORCE_CLOSE`.
+        match command {
+            4 => memory.map(Command::Open),
+            5 => memory.map(Command::HasParent),
+            6 if pages <= MOST_PAGES => Some(Command::Add(
+                memory?,
+                Run {
+                    address,
+                    pages,
+                    // 16 bits.
+                    flags: flags as u32,
+                },
+            )),
+            0x1023 | 0x1024 => Some(Command::Close),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As CRIU sends it.
+    pub(super) fn command(
+        layout: Layout,
+        word: u32,
+        pages: u64,
+        address: u64,
+        memory: u64,
+    ) -> Vec<u8> {
+        let mut bytes = word.to_le_bytes().to_vec();
+        match layout {
+            Layout::Narrow => bytes.extend((pages as u32).to_le_bytes()),
+            // The compiler's gap in front of a number of 64 bits.
+            Layout::Wide => bytes.extend([&[0xaa; 4][..], &pages.to_le_bytes()].concat()),
+        }
+        bytes.extend([address, memory].map(u64::to_le_bytes).concat());
+        bytes
+    }
+
+    #[test]
+    fn commands_are_read() {
+        for layout in [Layout::Narrow, Layout::Wide] {
+            let read = |word, pages, address, memory| {
+                Command::read(&command(layout, word, pages, address, memory), layout)
+            };
+            let open = Command::Open(Memory::Process(7));
+            assert_eq!(read(4, 0, 0, 7 << 8 | 1), Some(open));
+            let run = Run {
+                address: 0x7f00_1234_5000,
+                pages: 3,
+                flags: Run::PRESENT,
+            };
+            let add = Command::Add(Memory::Shared(9), run);
+            assert_eq!(read(6 | 4 << 16, 3, run.address, 9 << 8 | 2), Some(add));
+            assert_eq!(run.content(), 3 * page_size());
+            assert_eq!(read(0x1023, 0, 0, 0), Some(Command::Close));
+            // An unknown command, an unknown kind of memory, a run without an end.
+            for (word, pages, memory) in [(7, 0, 1), (4, 0, 3), (6, u64::MAX, 1)] {
+                assert_eq!(read(word, pages, 0, memory), None);
+            }
+        }
+    }
+
+    #[test]
+    fn the_version_says_which_layout() {
+        assert_eq!(Layout::of(Version::new(4, 1)), Layout::Narrow);
+        assert_eq!(Layout::of(Version::new(4, 2)), Layout::Wide);
+    }
+}
