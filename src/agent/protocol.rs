@@ -12,6 +12,10 @@
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  PUT  /v1/migrations/ID/shell   bytes ──────────▶  only with the direct engine: Podman makes
 //!    │  ◀───────────────────────────────────── Nothing    the container, all but its processes
+//!    │  PUT  .../files     what they changed ──────────▶  again and again
+//!    │  ◀───────────────────────────────────── Nothing
+//!    │  PUT  .../standby    images so far ─────────────▶  the runtime runs up to CRIU
+//!    │  ◀───────────────────────────────────── Nothing
 //!    │              ── hold, freeze: the downtime begins ──
 //!    │  POST /v1/migrations/ID/hold    ────────────────▶  only if the container comes home: what
 //!    │  ◀───────────────────────────────────── Nothing    comes for it waits there, not here
@@ -234,6 +238,12 @@ pub struct Flows {
 pub struct Running {
     /// From the last byte received to the container running.
     pub restore: Duration,
+    /// The last part of that: packets are let in to it.
+    #[serde(default)]
+    pub admit: Duration,
+    /// How long entering its flows took, before.
+    #[serde(default)]
+    pub insert: Duration,
     /// How many flows were inserted.
     pub flows: usize,
     /// Which of the flows were known there and end there again, by their places in the list.

@@ -328,6 +328,13 @@ impl Sessions {
                 session.heard_of = Instant::now();
                 said(taken)
             }
+            (&Method::PUT, ["v1", "migrations", id, "standby"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let ready = self.stand_by(&mut session, body).await;
+                session.heard_of = Instant::now();
+                said(ready)
+            }
             (&Method::PUT, ["v1", "migrations", id, "pages"]) => {
                 let (_, session) = self.find(&caller, id)?;
                 let mut session = session.lock().await;
@@ -656,6 +663,7 @@ impl Sessions {
             effects.push(restored(&container));
         }
         session.journal.will(effects)?;
+        let began = Instant::now();
         let home = match session.away {
             Some(_) => migration::welcome(&addresses, &flows).await?,
             None => Vec::new(),
@@ -672,6 +680,7 @@ impl Sessions {
             result?;
             inserted += 1;
         }
+        let insert = began.elapsed();
         let ended = match &mut session.shell {
             Some(shell) => {
                 let changes = shell.take_images(archive).await?;
@@ -694,6 +703,7 @@ impl Sessions {
             .namespace
             .clone()
             .ok_or(Error::OutOfOrder("namespace"))?;
+        let runs = Instant::now();
         if container.networks.is_empty() {
             switch_on_loopback(&namespace).await?;
         }
@@ -706,6 +716,8 @@ impl Sessions {
         migration::change_forwarding(&self.config, &mut session.journal, after).await?;
         Ok(Running {
             restore: ended.elapsed(),
+            admit: runs.elapsed(),
+            insert,
             flows: inserted,
             home,
         })
@@ -777,6 +789,17 @@ impl Sessions {
             agreed.judge(documents)
         });
         Ok((archive.boxed(), verdict))
+    }
+
+    /// Has the runtime of the container that waits come as far as it can.
+    async fn stand_by(&self, session: &mut Session, body: Body) -> Result<Nothing, Error> {
+        let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+        let (images, _) = bundle::receive(body, Compression::None, CONTAINER);
+        let rest = shell.take_images(images.boxed()).await?;
+        // To its end, where it is known that all is as it was sent.
+        rest.try_for_each(|_| std::future::ready(Ok(()))).await?;
+        shell.stand_by(&self.config).await?;
+        Ok(Nothing {})
     }
 
     /// Brings files into the container that waits for its processes.

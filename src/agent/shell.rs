@@ -17,9 +17,10 @@ use crate::bundle::{self, Limits, TreeId};
 use crate::criu::pages::Layout;
 use crate::criu::pages::writer::PageWriter;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
-use crate::runtime::dump::CriuOptions;
-use crate::runtime::{Arrived, Invocation, Outcome, Rendezvous};
-use crate::{Error, runtime};
+use crate::runtime::{
+    Arrived, CriuOption, Invocation, OnStandby, Outcome, Rendezvous, Standby, Verb,
+};
+use crate::{Config, Error, runtime};
 
 /// How long Podman may take to notice that its runtime has failed, and to say so.
 const LAST_WORDS: Duration = Duration::from_secs(30);
@@ -29,11 +30,21 @@ const LAST_WORDS: Duration = Duration::from_secs(30);
 pub(super) struct Shell {
     /// The runtime, as Podman has called it. Without it the container fails.
     runtime: Option<Arrived>,
+    /// The same, with a CRIU that waits for the word.
+    standby: Option<OnItsMark>,
     /// Podman's own account of the restore.
     restoring: JoinHandle<podman::Result<Restored>>,
     trees: Trees,
     images: PathBuf,
     work: PathBuf,
+}
+
+/// A runtime that has come as far as it can without images.
+#[derive(Debug)]
+struct OnItsMark {
+    program: String,
+    runtime: JoinHandle<runtime::Result<Outcome>>,
+    criu: OnStandby,
 }
 
 impl Shell {
@@ -68,6 +79,7 @@ impl Shell {
                 Ok(Shell {
                     trees: Trees::of(runtime.invocation())?,
                     runtime: Some(runtime),
+                    standby: None,
                     restoring,
                     images,
                     work,
@@ -143,41 +155,74 @@ impl Shell {
         Ok(rest.map_err(bundle::Error::from_reader))
     }
 
-    /// Has the runtime bring the processes back. Returns the first one's number.
+    /// Starts the runtime, up to the point where CRIU has something to do.
     ///
     /// # Errors
-    /// [`Error::Restore`] with what CRIU says.
-    pub async fn restore(&mut self) -> Result<u32, Error> {
+    /// When it does not come so far.
+    pub async fn stand_by(&mut self, config: &Config) -> Result<(), Error> {
         let runtime = self
             .runtime
             .take()
             .ok_or(Error::OutOfOrder("waiting runtime"))?;
+        // A page that has been read is not needed any more: there is never a second copy of them all.
+        let options = [CriuOption::PacketsAreHeld, CriuOption::GiveImagesBack];
+        let standby = Standby::open(config, &self.work, Verb::Restore, &options)?;
         let call = runtime.invocation().clone();
         let call = call
             .with_image_path(&self.images)
             .with_work_path(&self.work);
-        // A page that has been read is not needed any more: there is never a second copy of them all.
-        let options = CriuOptions::packets_are_held().with("auto-dedup");
-        let environment = options.write(&self.work.join("criu.conf"))?;
         let program = runtime.program().display().to_string();
-        match runtime.run(&call, environment).await? {
+        let environment = standby.environment();
+        let mut runtime = tokio::spawn(async move { runtime.run(&call, environment).await });
+        let criu = tokio::select! {
+            criu = standby.ready(config.shell_timeout) => criu?,
+            ended = &mut runtime => return Err(match joined(ended)? {
+                // It called another CRIU than livemig, which had nothing to restore.
+                Outcome { success: true, .. } => Error::OutOfOrder("CRIU's images"),
+                Outcome { status, .. } => self.failed(program, status),
+            }),
+        };
+        self.standby = Some(OnItsMark {
+            program,
+            runtime,
+            criu,
+        });
+        Ok(())
+    }
+
+    /// Has CRIU bring the processes back. Returns the first one's number.
+    ///
+    /// # Errors
+    /// [`Error::Restore`] with what CRIU says.
+    pub async fn restore(&mut self) -> Result<u32, Error> {
+        let standby = self.standby.take();
+        let OnItsMark {
+            program,
+            runtime,
+            criu,
+        } = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
+        let went = criu.go().await;
+        // If CRIU has gone, its runtime says why.
+        match joined(runtime.await)? {
             Outcome {
                 success: true,
                 pid: Some(pid),
                 ..
-            } => Ok(pid),
-            Outcome { status, .. } => {
-                let said = failure_log(&self.work, FailureLog::Restore);
-                let source = runtime::Error::Failed {
-                    program,
-                    status,
-                    said: said.clone().unwrap_or_default(),
-                };
-                Err(Error::Restore {
-                    source: Box::new(source.into()),
-                    reason: said.unwrap_or_else(|| "nothing".to_owned()),
-                })
-            }
+            } => Ok(went.map(|_| pid)?),
+            Outcome { status, .. } => Err(self.failed(program, status)),
+        }
+    }
+
+    fn failed(&self, program: String, status: String) -> Error {
+        let said = failure_log(&self.work, FailureLog::Restore);
+        let source = runtime::Error::Failed {
+            program,
+            status,
+            said: said.clone().unwrap_or_default(),
+        };
+        Error::Restore {
+            source: Box::new(source.into()),
+            reason: said.unwrap_or_else(|| "nothing".to_owned()),
         }
     }
 
@@ -194,6 +239,7 @@ impl Shell {
     pub async fn abandon(mut self) {
         // The wrapper notices, fails, and so does what Podman was asked for.
         drop(self.runtime.take());
+        drop(self.standby.take());
         if tokio::time::timeout(LAST_WORDS, &mut self.restoring)
             .await
             .is_err()

@@ -16,6 +16,7 @@ mod agreed;
 mod arrival;
 mod check;
 mod commit;
+mod downtime;
 mod drain;
 mod effect;
 mod engine;
@@ -43,13 +44,14 @@ mod steer;
 mod transfer;
 mod undo;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use agreed::Agreed;
 pub use arrival::{Policy, Privilege, UnknownPrivilege};
 pub(crate) use check::{at_destination, refuse};
+pub use downtime::{Part, PartTime};
 pub use drain::{Drain, Left, Undrained};
 pub use effect::{Asked, Effect, End};
 pub use engine::Engine;
@@ -87,6 +89,7 @@ use crate::conntrack::{Fence, Flow};
 use crate::criu::{DumpStats, Freezer};
 use crate::tunnel::HopId;
 use crate::{Error, Result};
+use downtime::Downtime;
 use lock::Lock;
 
 /// Moves a container to another host.
@@ -141,10 +144,9 @@ struct Migration<'a> {
     frozen: Option<freeze::Frozen>,
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
-    held_since: Option<Instant>,
     /// Whether the world may have heard of the copy at the destination.
     let_go: bool,
-    downtime: Duration,
+    downtime: Downtime,
     drain: Drain,
     /// The hold, once packets pass, until its rules are gone.
     released: Option<Released>,
@@ -192,9 +194,8 @@ impl<'a> Migration<'a> {
             frozen: None,
             flows: Vec::new(),
             stream: None,
-            held_since: None,
             let_go: false,
-            downtime: Duration::ZERO,
+            downtime: Downtime::default(),
             drain: Drain::default(),
             released: None,
             held: HoldReport::default(),
@@ -298,7 +299,9 @@ impl<'a> Migration<'a> {
             name: container.name.clone(),
             engine: self.preflight.engine,
             destination: self.request.to.clone(),
-            downtime: self.downtime,
+            downtime: self.downtime.total(),
+            frozen: self.downtime.frozen(),
+            breakdown: self.downtime.into_parts(),
             total: self.clock.started.elapsed(),
             phases: self.clock.times,
             bytes_sent: self.bytes_sent,

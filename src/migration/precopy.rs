@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use hyper::{HeaderMap, Method};
 
-use super::{Cargo, Event, Migration, freeze};
+use super::{Cargo, Event, Migration, freeze, shell};
 use crate::agent::protocol::Nothing;
 use crate::bundle::{self, Compression, Mirror, Pace, Source};
 use crate::podman::{Container, Mount};
@@ -41,7 +41,7 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
         before = sent;
     }
     migration.mirror = Some(mirror);
-    Ok(())
+    shell::stand_by(migration).await
 }
 
 /// Sends one round, and says how many bytes that were.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::downtime::PartTime;
 use super::drain::Drain;
 use super::engine::Engine;
 use super::event::Phase;
@@ -31,6 +32,11 @@ pub struct Report {
     /// go.
     #[serde(rename = "downtime_ms", serialize_with = "milliseconds")]
     pub downtime: Duration,
+    /// What it was spent on.
+    pub breakdown: Vec<PartTime>,
+    /// From the moment the container's processes stood still until the copy at the destination was heard.
+    #[serde(rename = "frozen_ms", serialize_with = "milliseconds")]
+    pub frozen: Duration,
     /// The whole migration, preflight to commit.
     #[serde(rename = "total_ms", serialize_with = "milliseconds")]
     pub total: Duration,

@@ -5,6 +5,7 @@
 //! networks. The destination makes a container of it, down to the last step, and waits there. Files
 //! follow in rounds ([`precopy`](super::precopy)), the last of them with the memory.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use hyper::{HeaderMap, Method};
@@ -14,7 +15,9 @@ use super::{Effect, Migration, freeze};
 use crate::agent::Connection;
 use crate::agent::protocol::Nothing;
 use crate::bundle::{self, Compression};
-use crate::runtime::{Invocation, Rendezvous, Verb, setup};
+use crate::runtime::{
+    Checkpoint, CriuOption, Invocation, OnStandby, Rendezvous, Standby, Verb, setup,
+};
 use crate::{Error, Result, runtime};
 
 /// The checkpoint that Podman believes to have made.
@@ -28,8 +31,12 @@ pub(super) struct Shell {
     pub images: PathBuf,
     /// Where CRIU's log and statistics will be.
     pub work: PathBuf,
+    /// Which of the images have gone ahead.
+    pub sent: BTreeSet<PathBuf>,
     /// A connection to the destination for nothing but memory, so that opening one costs no downtime.
     pub for_pages: Connection,
+    /// The runtime, with a CRIU that waits for the word.
+    pub standby: Option<(Checkpoint, OnStandby)>,
 }
 
 /// Has the destination make the container, all but its processes.
@@ -67,7 +74,9 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
             runtime,
             images,
             work,
+            sent: BTreeSet::new(),
             for_pages,
+            standby: None,
         })
     };
     let checkpoint = freeze::checkpoint(&migration.hands.podman, container);
@@ -93,6 +102,33 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
         .map_err(Error::of_host(&migration.request.to))?;
     migration.bytes_sent += progress.wire();
     migration.shell = Some(shell);
+    Ok(())
+}
+
+/// Starts the runtimes on both hosts, up to the point where CRIU has something to do.
+pub(super) async fn stand_by(migration: &mut Migration<'_>) -> Result<()> {
+    let config = &migration.request.config;
+    let within = config.shell_timeout;
+    let shell = migration.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    let options = [CriuOption::PacketsAreHeld, CriuOption::PageServer];
+    let standby = Standby::open(config, &shell.work, Verb::Checkpoint, &options)?;
+    let call = shell.checkpoint.clone();
+    let call = call
+        .with_image_path(&shell.images)
+        .with_work_path(&shell.work);
+    let runtime = Checkpoint::start(&shell.runtime, &call, standby.environment())?;
+    let criu = standby.ready(within).await?;
+    // What the runtime has written by now the other one wants to read before it calls CRIU.
+    let images = bundle::images(&shell.images, &mut shell.sent)?;
+    let (bytes, progress) = bundle::send(images, Compression::None);
+    let path = format!("/v1/migrations/{}/standby", migration.id);
+    let Nothing {} = migration
+        .connection
+        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within)
+        .await
+        .map_err(Error::of_host(&migration.request.to))?;
+    migration.bytes_sent += progress.wire();
+    shell.standby = Some((runtime, criu));
     Ok(())
 }
 
