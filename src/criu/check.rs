@@ -114,6 +114,8 @@ codes! {
     ImageNameTaken = "image-name-taken",
     /// The container's network cannot be made at the destination.
     SubnetTaken = "subnet-taken",
+    /// The destination forwards no packets.
+    NotForwarding = "not-forwarding",
     /// The destination's network of that name has other subnets.
     SubnetMismatch = "subnet-mismatch",
     /// The container's address is taken at the destination.
