@@ -54,7 +54,8 @@ pub(super) fn post_copy(request: &Request, preflight: &Preflight) -> Option<Find
         false => Finding::refuse(
             Code::PostCopyUnavailable,
             "memory can only be fetched after the move with the direct engine, and where CRIU and the kernel \
-             have userfaultfd (criu check --feature uffd-noncoop)",
+             have userfaultfd (criu check --feature uffd-noncoop) and pipes of 4 MiB (CAP_SYS_RESOURCE, or \
+             sysctl fs.pipe-max-size)",
             "leave --post-copy out, or see `livemig setup --help`",
         ),
         true => Finding::warn(
