@@ -348,6 +348,13 @@ impl Sessions {
                     Err(error) => said::<Nothing>(Err(error)),
                 }
             }
+            (&Method::PUT, ["v1", "migrations", id, "rounds", round]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let taken = take_round(&mut session, round, body).await;
+                session.heard_of = Instant::now();
+                said(taken)
+            }
             (&Method::PUT, ["v1", "migrations", id, "pages"]) => {
                 let (_, session) = self.find(&caller, id)?;
                 let mut session = session.lock().await;
@@ -843,7 +850,6 @@ impl Sessions {
             },
             restored(&container),
         ])?;
-        let staging = migration::staging(&directory)?;
         let waiting = setup::waiting(&self.config);
         let rendezvous = Rendezvous::open(&waiting, Verb::Restore, &container.id)?;
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
@@ -854,7 +860,7 @@ impl Sessions {
             &self.podman,
             archive,
             &rendezvous,
-            staging,
+            directory,
             post_copy,
             within,
         );
@@ -1042,14 +1048,29 @@ fn between(socket: UnixStream, body: Body) -> Response<ReplyBody> {
     reply::stream(ReaderStream::new(out))
 }
 
+/// Takes memory of the container that still runs at its source.
+async fn take_round(session: &mut Session, number: &str, body: Body) -> Result<Nothing, Error> {
+    let layout = layout(session)?;
+    let number = number.parse().map_err(|_| Error::OutOfOrder("number"))?;
+    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
+    shell.take_round(number, pages, layout).await?;
+    Ok(Nothing {})
+}
+
 /// Takes the memory of the container that waits for its processes.
 async fn take_pages(session: &Session, body: Body) -> Result<Nothing, Error> {
     let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
     let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
+    shell.take_pages(pages, layout(session)?).await?;
+    Ok(Nothing {})
+}
+
+/// How the source's CRIU lays out what it sends.
+fn layout(session: &Session) -> Result<Layout, Error> {
     let criu = &session.offer.features.criu;
     let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
-    shell.take_pages(pages, Layout::of(criu.version)).await?;
-    Ok(Nothing {})
+    Ok(Layout::of(criu.version))
 }
 
 /// Removes the memory that the container has been restored from.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -21,12 +21,15 @@ use tokio_util::io::{ReaderStream, StreamReader};
 use crate::bundle::{self, Limits, TreeId};
 use crate::criu::pages::Layout;
 use crate::criu::pages::writer::PageWriter;
+use crate::migration;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::{
     Arrived, CriuOption, Invocation, OnStandby, Outcome, Rendezvous, Standby, Verb,
 };
 use crate::{Config, Error, runtime};
 
+/// No source makes more rounds of memory than this.
+const MOST_ROUNDS: usize = 64;
 /// How long Podman may take to notice that its runtime has failed, and to say so.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 
@@ -45,7 +48,10 @@ pub(super) struct Shell {
     source: Option<UnixStream>,
     /// What fetches it.
     fetching: Option<Child>,
+    /// How many rounds of memory are here.
+    rounds: usize,
     trees: Trees,
+    staging: PathBuf,
     images: PathBuf,
     work: PathBuf,
 }
@@ -67,13 +73,14 @@ impl Shell {
         podman: &Client,
         archive: S,
         rendezvous: &Rendezvous,
-        staging: (PathBuf, PathBuf),
+        staging: PathBuf,
         post_copy: bool,
         within: Duration,
     ) -> Result<Shell, Error>
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send + 'static,
     {
+        let (images, work) = migration::staging(&staging)?;
         let podman = podman.clone();
         let mut restoring = tokio::spawn(async move {
             let options = RestoreOptions {
@@ -84,7 +91,6 @@ impl Shell {
             };
             podman.restore(archive, &options).await
         });
-        let (images, work) = staging;
         tokio::select! {
             arrived = rendezvous.arrival(within) => {
                 let runtime = arrived?;
@@ -95,6 +101,8 @@ impl Shell {
                     post_copy,
                     source: None,
                     fetching: None,
+                    rounds: 0,
+                    staging,
                     restoring,
                     images,
                     work,
@@ -136,7 +144,40 @@ impl Shell {
         Ok(())
     }
 
-    /// Takes the pages of the container's memory.
+    /// Takes memory that is copied while the container runs at the source.
+    ///
+    /// # Errors
+    /// As [`Shell::take_pages`]; [`Error::OutOfOrder`] if it is not the next round.
+    pub async fn take_round<S>(
+        &mut self,
+        number: usize,
+        pages: S,
+        layout: Layout,
+    ) -> Result<(), Error>
+    where
+        S: Stream<Item = bundle::Result<Bytes>> + Send,
+    {
+        if number != self.rounds + 1 || number > MOST_ROUNDS {
+            return Err(Error::OutOfOrder("round before"));
+        }
+        let (directory, _) = migration::round_directories(&self.staging, number);
+        migration::make_private(&directory)?;
+        self.link_to_parent(&directory)?;
+        self.rounds = number;
+        Shell::write_pages(&directory, pages, layout).await
+    }
+
+    /// CRIU finds the round before by a link (`CR_PARENT_LINK` in `criu/include/image.h`).
+    fn link_to_parent(&self, directory: &Path) -> Result<(), Error> {
+        if self.rounds == 0 {
+            return Ok(());
+        }
+        let link = directory.join("parent");
+        let parent = format!("../round-{}", self.rounds);
+        std::os::unix::fs::symlink(parent, &link).map_err(Error::file("make", &link))
+    }
+
+    /// Takes the pages of the container's memory, or what the rounds before do not have of it.
     ///
     /// # Errors
     /// Those of the stream; [`crate::criu::Error::Pages`] if it is not CRIU's, and
@@ -145,7 +186,14 @@ impl Shell {
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send,
     {
-        let mut writer = PageWriter::new(&self.images, layout);
+        Shell::write_pages(&self.images, pages, layout).await
+    }
+
+    async fn write_pages<S>(directory: &Path, pages: S, layout: Layout) -> Result<(), Error>
+    where
+        S: Stream<Item = bundle::Result<Bytes>> + Send,
+    {
+        let mut writer = PageWriter::new(directory, layout);
         let mut pages = std::pin::pin!(pages);
         while let Some(piece) = pages.try_next().await? {
             // Into memory, which does not wait.
@@ -186,6 +234,7 @@ impl Shell {
         };
         let options = [CriuOption::PacketsAreHeld, memory];
         let standby = Standby::open(config, &self.work, Verb::Restore, &options)?;
+        self.link_to_parent(&self.images)?;
         let mut call = runtime
             .invocation()
             .clone()

@@ -33,7 +33,7 @@ pub fn images(
     sent: &mut BTreeSet<PathBuf>,
 ) -> Result<impl Stream<Item = Result<Bytes>> + Send + use<>> {
     let mut names: Vec<PathBuf> = std::fs::read_dir(directory)
-        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+        .and_then(files)
         .map_err(Error::image("list", directory))?;
     names.retain(|name| sent.insert(name.clone()));
     names.sort_by(|one, other| other.cmp(one));
@@ -46,6 +46,18 @@ pub fn images(
         let piece = outgoing.next()?;
         Ok(piece.map(|piece| (piece, outgoing)))
     }))
+}
+
+/// The regular files: where there is an earlier round, a link leads to it.
+fn files(entries: std::fs::ReadDir) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            files.push(entry.path());
+        }
+    }
+    Ok(files)
 }
 
 /// Writes a stream's files into a directory, of which it makes sure that it stays below it.

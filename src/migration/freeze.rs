@@ -5,31 +5,19 @@
 //! nothing of the container moves any more, its flows are read and marked, its changed files are
 //! collected, and what its kernel still has to say is kept from the world.
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use bytes::Bytes;
+use futures::StreamExt;
 use futures::stream::BoxStream;
-use futures::{StreamExt, TryStreamExt};
-use hyper::{HeaderMap, Method};
-use tokio_util::io::{ReaderStream, StreamReader};
-use tokio_util::sync::CancellationToken;
 
-use super::shell::Shell;
 use super::undo::blocking;
-use super::{Migration, Part, steer};
-use crate::agent::protocol::{MigrationId, Nothing};
-use crate::bundle::{self, Changes, Compression, DeltaFile, Layers, Pace, Progress};
+use super::{Migration, Part, memory, steer};
+use crate::bundle::{self, Changes, DeltaFile, Layers, Pace};
 use crate::conntrack::Fence;
 use crate::conntrack::forward::Forwarding;
-use crate::criu::pages::Layout;
-use crate::criu::pages::relay;
-use crate::podman::{CheckpointOptions, Chunks, Client, Container, FailureLog, failure_log};
-use crate::runtime::Checkpoint;
-use crate::{Config, Error, Result, runtime};
-
-/// Pages that were asked for are sent in pieces of at most this many bytes: 256 KiB.
-const PAGES_PIECE: usize = 256 << 10;
+use crate::podman::{CheckpointOptions, Chunks, Client, Container};
+use crate::{Config, Error, Result};
 
 /// A frozen container's state, by the engine that has it.
 pub(super) enum Frozen {
@@ -95,15 +83,16 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
             let staging = staging(&migration.request.config)?;
             let mirror = migration.mirror.take().ok_or(Error::OutOfOrder("mirror"))?;
             let changes = mirror.file(Pace::Frozen, staging);
-            let criu = &migration.preflight.offer.features.criu;
-            let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
-            let layout = Layout::of(criu.version);
-            let within = migration.request.config.shell_timeout;
-            let (id, to) = (&migration.id, &migration.request.to);
+            let terms = memory::Terms::of(
+                &migration.preflight,
+                migration.request,
+                &migration.id,
+                migration.rounds.len(),
+            )?;
             let dump = async {
                 match migration.request.post_copy {
-                    true => dump_lazily(shell, id, to, layout, within).await,
-                    false => dump(shell, id, to, layout, within).await,
+                    true => memory::leave(shell, &terms).await.map(|()| 0),
+                    false => memory::send(shell, &terms).await,
                 }
             };
             let (dumped, changes, flows) = futures::join!(dump, changes, mark);
@@ -122,117 +111,6 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Has CRIU take the container's state: its memory goes straight to the destination, the rest into a
-/// directory. It stays frozen, and complete. Returns how many bytes have gone.
-async fn dump(
-    shell: &mut Shell,
-    migration: &MigrationId,
-    destination: &str,
-    layout: Layout,
-    within: Duration,
-) -> Result<u64> {
-    let standby = shell.standby.take();
-    let (runtime, criu) = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
-    let criu = criu.go().await?;
-    let failed = CancellationToken::new();
-    // Where there was no dump nobody ends the stream, and the destination takes it for cut off.
-    let pages = relay::pages(criu, layout, false).take_until(failed.clone().cancelled_owned());
-    let (bytes, progress) = bundle::send(pages, Compression::None);
-    let path = format!("/v1/migrations/{migration}/pages");
-    let send = shell
-        .for_pages
-        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within);
-    // Whichever fails first makes the other fail as well, and is the reason.
-    let send = async { (send.await, failed.is_cancelled()) };
-    let dump = async { runtime.ended().await.inspect_err(|_| failed.cancel()) };
-    let (dumped, (sent, failed_before)) = futures::join!(dump, send);
-    match sent {
-        Err(error) if !failed_before => Err(Error::of_host(destination)(error)),
-        sent => {
-            dumped.map_err(|error| of_criu(error.into(), &shell.work))?;
-            let Nothing {} = sent?;
-            Ok(progress.wire())
-        }
-    }
-}
-
-/// A CRIU that has taken the container's state, and serves its memory until the destination has it.
-#[derive(Debug)]
-pub(super) struct Serving {
-    runtime: Checkpoint,
-    /// Passes on what the destination wants.
-    wanted: tokio::task::JoinHandle<std::io::Result<u64>>,
-    progress: Progress,
-}
-
-impl Serving {
-    /// Waits until the destination has all of it. Returns how many bytes that were.
-    pub async fn ended(self) -> Result<u64> {
-        let served = self.runtime.ended().await;
-        self.wanted.abort();
-        served?;
-        Ok(self.progress.wire())
-    }
-}
-
-/// Has CRIU take the container's state, but not its memory, for which the destination will ask.
-async fn dump_lazily(
-    shell: &mut Shell,
-    migration: &MigrationId,
-    destination: &str,
-    layout: Layout,
-    within: Duration,
-) -> Result<u64> {
-    let standby = shell.standby.take();
-    let (mut runtime, criu) = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
-    let mut criu = criu.go().await?;
-    // It answers when all but the memory is dumped.
-    let answers = relay::answers(&mut criu, layout);
-    tokio::select! {
-        answers = tokio::time::timeout(within, answers) => answers.map_err(|_| {
-            runtime::Error::NotCalled { verb: runtime::Verb::Checkpoint, within }
-        })??,
-        ended = runtime.exited() => {
-            ended?;
-            let error = runtime.ended().await.err().map(Error::from);
-            let error = error.unwrap_or(Error::OutOfOrder("CRIU's answer"));
-            return Err(of_criu(error, &shell.work));
-        }
-    }
-    let (pages, mut wanted) = criu.into_split();
-    let progress = Progress::default();
-    let counted = progress.clone();
-    let pages = ReaderStream::with_capacity(pages, PAGES_PIECE)
-        .inspect_ok(move |piece| counted.add_wire(piece.len()));
-    let path = format!("/v1/migrations/{migration}/lazy");
-    let asked = shell
-        .for_pages
-        .exchange(Method::POST, &path, pages)
-        .await
-        .map_err(Error::of_host(destination))?;
-    let wanted = tokio::spawn(async move {
-        let mut asked = StreamReader::new(asked.map_err(std::io::Error::other));
-        tokio::io::copy(&mut asked, &mut wanted).await
-    });
-    shell.serving = Some(Serving {
-        runtime,
-        wanted,
-        progress,
-    });
-    Ok(0)
-}
-
-/// An error with what CRIU says in its log in this directory, if it says something.
-fn of_criu(error: Error, directory: &Path) -> Error {
-    match failure_log(directory, FailureLog::Dump) {
-        Some(reason) => Error::Dump {
-            source: Box::new(error),
-            reason,
-        },
-        None => error,
-    }
-}
-
 /// Has Podman write the container's state. It stays frozen, and complete.
 pub(super) async fn checkpoint(podman: &Client, container: &Container) -> Result<Chunks> {
     let options = CheckpointOptions {
@@ -245,7 +123,7 @@ pub(super) async fn checkpoint(podman: &Client, container: &Container) -> Result
     podman
         .checkpoint(&container.id, &options)
         .await
-        .map_err(|error| of_criu(error.into(), &container.static_dir))
+        .map_err(|error| memory::of_criu(error.into(), &container.static_dir))
 }
 
 /// A directory in memory for the files on their way.

@@ -29,6 +29,7 @@ mod home;
 mod hop;
 mod journal;
 mod lock;
+mod memory;
 mod path;
 mod plan;
 mod precopy;
@@ -68,6 +69,8 @@ pub(crate) use hop::{
 };
 pub(crate) use journal::number_of;
 pub use journal::{Journal, JournalError, left_behind};
+pub use memory::Round;
+pub(crate) use memory::directories as round_directories;
 pub use path::Path;
 pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};
@@ -75,9 +78,9 @@ pub(crate) use preflight::{connect, find, podman};
 pub(crate) use prepare::mtu;
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
-pub use request::{Request, WhenFull};
+pub use request::{MAX_DOWNTIME, Request, WhenFull, WhenOver};
 pub use revoke::{Hopless, Revoked, revoke};
-pub(crate) use shell::staging;
+pub(crate) use shell::{make as make_private, staging};
 pub(crate) use undo::{Hands, leave_idle_hops, remove_staging, unwind};
 
 use crate::agent::protocol::MigrationId;
@@ -146,6 +149,8 @@ struct Migration<'a> {
     stream: Option<transfer::Stream>,
     /// Whether the world may have heard of the copy at the destination.
     let_go: bool,
+    /// The rounds in which memory was copied while the container ran.
+    rounds: Vec<memory::Round>,
     downtime: Downtime,
     drain: Drain,
     /// The hold, once packets pass, until its rules are gone.
@@ -195,6 +200,7 @@ impl<'a> Migration<'a> {
             flows: Vec::new(),
             stream: None,
             let_go: false,
+            rounds: Vec::new(),
             downtime: Downtime::default(),
             drain: Drain::default(),
             released: None,
@@ -311,6 +317,7 @@ impl<'a> Migration<'a> {
             drain: self.drain,
             held: self.held,
             dump: self.dump,
+            rounds: self.rounds,
             warnings: self.preflight.findings,
             leftovers: self.leftovers,
         }

@@ -8,6 +8,7 @@ use super::downtime::PartTime;
 use super::drain::Drain;
 use super::engine::Engine;
 use super::event::Phase;
+use super::memory::Round;
 use super::path::Path;
 use crate::agent::protocol::MigrationId;
 use crate::conntrack::Flow;
@@ -57,6 +58,8 @@ pub struct Report {
     pub held: HoldReport,
     /// What CRIU says of the dump, where it said something.
     pub dump: Option<crate::criu::DumpStats>,
+    /// The rounds in which memory was copied while the container ran.
+    pub rounds: Vec<Round>,
     /// What was found and did not stand in the way.
     pub warnings: Vec<Finding>,
     /// What remained to be tidied at the source after the point of no return, and could not be.

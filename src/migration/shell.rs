@@ -6,11 +6,12 @@
 //! follow in rounds ([`precopy`](super::precopy)), the last of them with the memory.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 
 use hyper::{HeaderMap, Method};
 
-use super::freeze::Serving;
+use super::memory::{self, Serving};
 use super::preflight::connect;
 use super::{Effect, Migration, freeze};
 use crate::agent::Connection;
@@ -28,7 +29,9 @@ pub(super) struct Shell {
     pub checkpoint: Invocation,
     /// By which program.
     pub runtime: PathBuf,
-    /// Where its images will be, in memory.
+    /// Where all of it lies, in memory.
+    staging: PathBuf,
+    /// Where its images will be.
     pub images: PathBuf,
     /// Where CRIU's log and statistics will be.
     pub work: PathBuf,
@@ -40,6 +43,16 @@ pub(super) struct Shell {
     pub standby: Option<(Checkpoint, OnStandby)>,
     /// With post-copy: the runtime, while it serves the memory.
     pub serving: Option<Serving>,
+}
+
+impl Shell {
+    /// Makes the directories of a round in which memory is copied.
+    pub fn round(&self, number: usize) -> Result<(PathBuf, PathBuf)> {
+        let (images, work) = memory::directories(&self.staging, number);
+        make(&images)?;
+        make(&work)?;
+        Ok((images, work))
+    }
 }
 
 /// Has the destination make the container, all but its processes.
@@ -75,6 +88,7 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
         Ok(Shell {
             checkpoint,
             runtime,
+            staging: directory,
             images,
             work,
             sent: BTreeSet::new(),
@@ -125,6 +139,9 @@ pub(super) async fn stand_by(migration: &mut Migration<'_>) -> Result<()> {
         .clone()
         .with_image_path(&shell.images)
         .with_work_path(&shell.work);
+    if let rounds @ 1.. = migration.rounds.len() {
+        call = call.with_option("--parent-path", &memory::parent(rounds));
+    }
     if migration.request.post_copy {
         call = call.lazily(&shell.runtime);
     }
@@ -145,18 +162,19 @@ pub(super) async fn stand_by(migration: &mut Migration<'_>) -> Result<()> {
 }
 
 /// Makes the directories for CRIU's images and for its log, which nobody else can look into.
-pub(crate) fn staging(directory: &std::path::Path) -> Result<(PathBuf, PathBuf)> {
-    use std::os::unix::fs::DirBuilderExt;
-    let make = |path: &std::path::Path| {
-        // Not one that somebody else has put there: the place may be one where all may write.
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(path)
-            .map_err(Error::file("make", path))
-    };
+pub(crate) fn staging(directory: &Path) -> Result<(PathBuf, PathBuf)> {
     let (images, work) = (directory.join("images"), directory.join("work"));
     make(directory)?;
     make(&images)?;
     make(&work)?;
     Ok((images, work))
+}
+
+/// Makes a directory that is nobody else's, and not one that somebody else has put there: the place may be
+/// one where all may write.
+pub(crate) fn make(path: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(path)
+        .map_err(Error::file("make", path))
 }

@@ -55,6 +55,8 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             hold_packets,
             hold_mib,
             engine,
+            max_downtime,
+            when_over,
             post_copy,
             rehearse,
             report,
@@ -71,6 +73,8 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
                 .when_full(when_full.into())
                 .engine(engine.map(Into::into))
                 .post_copy(post_copy)
+                .max_downtime(Duration::from_millis(max_downtime))
+                .when_over(when_over.into())
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
         }
