@@ -78,7 +78,7 @@ pub(crate) use preflight::{connect, find, podman};
 pub(crate) use prepare::mtu;
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
-pub use request::{MAX_DOWNTIME, Request, WhenFull, WhenOver};
+pub use request::{MAX_DOWNTIME, MOST_ROUNDS, Request, WhenFull, WhenOver};
 pub use revoke::{Hopless, Revoked, revoke};
 pub(crate) use shell::{make as make_private, staging};
 pub(crate) use undo::{Hands, leave_idle_hops, remove_staging, unwind};
