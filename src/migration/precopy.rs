@@ -16,6 +16,7 @@ use futures::{Stream, StreamExt};
 use hyper::{HeaderMap, Method};
 
 use super::memory::{self, Round};
+use super::request::MOST_ROUNDS;
 use super::{Cargo, Event, Migration, WhenOver, freeze, shell};
 use crate::agent::protocol::Nothing;
 use crate::bundle::{self, Compression, Mirror, Pace, Source};
@@ -29,8 +30,6 @@ const WORTH_A_ROUND: u64 = 32 << 20;
 const OTHER_PARTS: Duration = Duration::from_millis(60);
 /// So few bytes are sent in the last round as quickly as in another one before.
 const FEW: u64 = 1 << 20;
-/// No more rounds than this, as with CRIU's p.haul (8): what changes as fast as it is sent never gets less.
-const MOST_ROUNDS: usize = 8;
 
 pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
     if migration.shell.is_none() {
@@ -64,11 +63,10 @@ async fn memory_rounds(migration: &mut Migration<'_>) -> Result<()> {
     if !criu.as_ref().is_some_and(tracks) || memory < WORTH_A_ROUND {
         return Ok(());
     }
-    // Post-copy needs no more than one: what the destination lacks then it fetches.
-    let most = if migration.request.post_copy {
-        1
-    } else {
-        MOST_ROUNDS
+    let most = match migration.request.post_copy {
+        // What the destination lacks then it fetches.
+        true => migration.request.most_rounds.min(1),
+        false => migration.request.most_rounds,
     };
     for _ in 0..most {
         migration.may_go_on(migration.clock.phase())?;

@@ -258,6 +258,10 @@ pub enum Command {
         #[arg(long, value_name = "MS", default_value_t = livemig::migration::MAX_DOWNTIME.as_millis() as u64)]
         max_downtime: u64,
 
+        /// Copy memory no more often than this while the container runs; 0: not at all
+        #[arg(long, value_name = "N", default_value_t = livemig::migration::MOST_ROUNDS)]
+        rounds: usize,
+
         /// What to do when the downtime is going to be longer than that
         #[arg(long, value_name = "POLICY", default_value = "go-on")]
         when_over: OverPolicy,

@@ -56,6 +56,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             hold_mib,
             engine,
             max_downtime,
+            rounds,
             when_over,
             post_copy,
             rehearse,
@@ -75,6 +76,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
                 .post_copy(post_copy)
                 .max_downtime(Duration::from_millis(max_downtime))
                 .when_over(when_over.into())
+                .most_rounds(rounds)
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
         }
