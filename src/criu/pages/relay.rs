@@ -1,32 +1,57 @@
 //! The page server that CRIU sends its pages to, at the source.
 
+use std::path::{Path, PathBuf};
+
 use bytes::{Bytes, BytesMut};
 use futures::Stream;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{Command, Layout, Reader, Seen};
+use super::writer::{Images, Keep};
+use super::{Command, Layout, Memory, Reader, Seen};
 use crate::criu::{Error, Result};
 
 /// Pages are passed on in pieces of at most this many bytes: 1 MiB.
 const PIECE: usize = 1 << 20;
 
-/// Passes on what a CRIU sends, commands and pages as they come. `has_parent` is what CRIU is told when it
-/// asks whether the destination has an earlier round of its memory.
+/// What is known here of the rounds that the destination has.
+///
+/// Each leaves behind the lists of its pages, without the pages: of which memories there was one, CRIU asks
+/// before it leaves out what did not change, and a CRIU that dumps lazily looks into them itself.
+#[derive(Debug, Clone, Default)]
+pub struct Lists {
+    /// Where those of the round before are, if there was one.
+    pub before: Option<PathBuf>,
+    /// Where to leave those of this round, if there is another one.
+    pub leave: Option<PathBuf>,
+}
+
+impl Lists {
+    /// Whether there was this memory in the round before: a process may have begun since.
+    fn has_parent(&self, memory: Memory) -> bool {
+        let has = |directory: &Path| directory.join(memory.list()).exists();
+        self.before.as_deref().is_some_and(has)
+    }
+}
+
+/// Passes on what a CRIU sends, commands and pages as they come.
 ///
 /// # Errors
-/// The stream fails with [`Error::Relay`] if the connection breaks, and with [`Error::Pages`] if it is not
-/// CRIU that speaks. It ends when CRIU says that that was all.
+/// The stream fails with [`Error::Relay`] if the connection breaks, with [`Error::Pages`] if it is not
+/// CRIU that speaks, and with [`Error::Write`] if the lists cannot be left. It ends when CRIU says that that
+/// was all.
 pub fn pages<S>(
     criu: S,
     layout: Layout,
-    has_parent: bool,
+    lists: Lists,
 ) -> impl Stream<Item = Result<Bytes>> + Send + use<S>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
+    let left = lists.leave.as_deref();
     let talk = Talk {
         stream: criu,
-        has_parent,
+        left: left.map(|directory| Images::new(directory, Keep::Lists)),
+        lists,
         reader: Reader::new(layout),
         buffer: BytesMut::new(),
     };
@@ -59,7 +84,8 @@ where
 /// CRIU, while it sends.
 struct Talk<S> {
     stream: S,
-    has_parent: bool,
+    lists: Lists,
+    left: Option<Images>,
     reader: Reader,
     buffer: BytesMut,
 }
@@ -74,14 +100,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
         }
         let piece = self.buffer.split().freeze();
         let mut answers = Vec::new();
-        let has_parent = self.has_parent;
+        let Talk { lists, left, .. } = self;
         self.reader.read(&piece, |seen| {
+            if let Some(left) = left {
+                left.take(&seen)?;
+            }
             match seen {
                 // A `char`.
-                Seen::Command(Command::Open(_)) => answers.push(u8::from(has_parent)),
+                Seen::Command(Command::Open(memory)) => {
+                    answers.push(u8::from(lists.has_parent(memory)));
+                }
                 // An `int`.
-                Seen::Command(Command::HasParent(_)) => {
-                    answers.extend_from_slice(&u32::from(has_parent).to_ne_bytes());
+                Seen::Command(Command::HasParent(memory)) => {
+                    answers.extend_from_slice(&u32::from(lists.has_parent(memory)).to_ne_bytes());
                 }
                 // An `int32_t`.
                 Seen::Command(Command::Close) => answers.extend_from_slice(&0u32.to_ne_bytes()),
@@ -89,6 +120,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
             }
             Ok(())
         })?;
+        if self.reader.ended
+            && let Some(left) = self.left.take()
+        {
+            left.finish()?;
+        }
         self.stream
             .write_all(&answers)
             .await

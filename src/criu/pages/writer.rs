@@ -33,12 +33,7 @@ impl PageWriter {
     pub fn new(directory: &Path, layout: Layout) -> PageWriter {
         PageWriter {
             reader: Reader::new(layout),
-            images: Images {
-                directory: directory.to_owned(),
-                memories: BTreeMap::new(),
-                current: None,
-                bytes: 0,
-            },
+            images: Images::new(directory, Keep::Pages),
         }
     }
 
@@ -48,13 +43,7 @@ impl PageWriter {
     /// [`Error::Pages`] if it is none of CRIU's; [`Error::Write`] if there is no room.
     pub fn feed(&mut self, piece: &[u8]) -> Result<()> {
         let PageWriter { reader, images } = self;
-        reader.read(piece, |seen| match seen {
-            Seen::Command(Command::Open(memory)) => images.open(memory),
-            Seen::Command(Command::Add(memory, run)) => images.add(memory, run),
-            Seen::Pages(pages) => images.write(pages),
-            // Has been answered at the source.
-            Seen::Command(Command::HasParent(_) | Command::Close) => Ok(()),
-        })
+        reader.read(piece, |seen| images.take(&seen))
     }
 
     /// The stream has come to its end. Returns how many bytes of pages there were.
@@ -69,10 +58,20 @@ impl PageWriter {
     }
 }
 
+/// What of the images is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// All of them.
+    Pages,
+    /// Only which pages there are.
+    Lists,
+}
+
 /// The images of all memories.
 #[derive(Debug)]
-struct Images {
+pub(super) struct Images {
     directory: PathBuf,
+    keep: Keep,
     memories: BTreeMap<Memory, Image>,
     /// Whose pages come.
     current: Option<Memory>,
@@ -80,6 +79,27 @@ struct Images {
 }
 
 impl Images {
+    pub(super) fn new(directory: &Path, keep: Keep) -> Images {
+        Images {
+            directory: directory.to_owned(),
+            keep,
+            memories: BTreeMap::new(),
+            current: None,
+            bytes: 0,
+        }
+    }
+
+    /// Takes what comes next.
+    pub(super) fn take(&mut self, seen: &Seen<'_>) -> Result<()> {
+        match *seen {
+            Seen::Command(Command::Open(memory)) => self.open(memory),
+            Seen::Command(Command::Add(memory, run)) => self.add(memory, run),
+            Seen::Pages(pages) if self.keep == Keep::Pages => self.write(pages),
+            // Parents have been answered for at the source.
+            Seen::Pages(_) | Seen::Command(Command::HasParent(_) | Command::Close) => Ok(()),
+        }
+    }
+
     fn add(&mut self, memory: Memory, run: Run) -> Result<()> {
         let failed = failed(&self.directory, "the list of pages");
         self.current = Some(memory);
@@ -105,10 +125,6 @@ impl Images {
         }
         // Fewer than there are numbers.
         let number = FIRST_FILE + self.memories.len() as u32;
-        let name = match memory {
-            Memory::Process(number) => format!("pagemap-{number}.img"),
-            Memory::Shared(number) => format!("pagemap-shmem-{number}.img"),
-        };
         let make = |name: String| {
             let path = self.directory.join(name);
             File::create_new(&path).map_err(|source| Error::Write {
@@ -118,7 +134,7 @@ impl Images {
             })
         };
         let mut image = Image {
-            pagemap: BufWriter::new(make(name)?),
+            pagemap: BufWriter::new(make(memory.list())?),
             pages: make(format!("pages-{number}.img"))?,
         };
         let failed = failed(&self.directory, "the list of pages");
@@ -127,7 +143,7 @@ impl Images {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<u64> {
+    pub(super) fn finish(mut self) -> Result<u64> {
         for image in self.memories.values_mut() {
             let failed = failed(&self.directory, "the list of pages");
             image.pagemap.flush().map_err(failed)?;
