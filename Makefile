@@ -50,6 +50,11 @@ test: prepare ## all tests (root: hosts are made of namespaces)
 	fi
 	cargo test --doc
 
+# With the command as it is in debug builds: those can be stopped at a chosen moment.
+.PHONY: test-faults
+test-faults: prepare ## every fault at every moment of a migration (LIVEMIG_FAULTS=freeze/agent-killed,...)
+	cargo test --test faults -- --run
+
 .PHONY: demo
 demo: prepare ## watch a container move while a client talks to it (root)
 	cargo bench --bench demo

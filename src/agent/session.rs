@@ -963,7 +963,7 @@ impl Sessions {
         leftovers: &[String],
     ) -> Result<(), Error> {
         for container in journal.effects().iter().filter_map(Effect::restored) {
-            if self.podman.exists(container.as_str()).await? {
+            if self.podman.exists(container.as_str()).await? || podman::remains::runs(container) {
                 return Err(Error::StillThere {
                     container: container.clone(),
                     reasons: leftovers.join("; "),

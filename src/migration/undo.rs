@@ -1,7 +1,7 @@
 //! Undoing what the journal names.
 
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use hyper::Method;
@@ -19,7 +19,7 @@ use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, Pace, To};
 use crate::conntrack::{self, Family, Fence, Table, alias, steer};
 use crate::netlink::Namespace;
-use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions};
+use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions, remains};
 use crate::tunnel::HopId;
 use crate::{Config, Error, Result};
 
@@ -68,18 +68,17 @@ pub(crate) async fn unwind(
     observer: &mut dyn Observer,
 ) -> Result<Vec<Leftover>, String> {
     let mut leftovers = Vec::new();
-    if hands.unsure {
-        for effect in journal.effects() {
-            if let Effect::Forget { container, .. } = effect {
-                hands.checkpoint_ended(container).await;
-            }
+    for effect in journal.effects() {
+        if let Effect::Forget { container, .. } = effect {
+            hands.checkpoint_ended(container).await;
         }
     }
     let done = journal.effects().iter().rev();
     // Past the point of no return nothing is undone, and before it nothing is forgotten.
     for effect in done.filter(|effect| !matches!(effect, Effect::Forget { .. })) {
         if matches!(effect, Effect::Restored { .. }) && hands.unsure {
-            restores_ended(journal.written().unwrap_or(SystemTime::UNIX_EPOCH)).await;
+            let since = journal.written().unwrap_or(SystemTime::UNIX_EPOCH);
+            hands.restores_ended(since).await;
         }
         let failure = match hands.undo(effect).await {
             Ok(()) => None,
@@ -104,6 +103,7 @@ pub(crate) async fn unwind(
             failure,
         });
     }
+    remains::sweep();
     Ok(leftovers)
 }
 
@@ -118,17 +118,42 @@ impl Hands {
         }
     }
 
-    /// Waits until Podman has ended the checkpoint that a process that died had asked for.
+    /// Waits until the checkpoint has ended that a process that died had asked for, or that a Podman
+    /// that died was at work on.
     ///
     /// CRIU leaves frozen what it found frozen (`freezer_restore_state` in `criu/seize.c`): what is
     /// thawed during a dump would be frozen again at its end, with nobody there to thaw it.
     async fn checkpoint_ended(&self, container: &ContainerId) {
         const LONGEST: Duration = Duration::from_secs(600);
+        const LOOK_AGAIN: Duration = Duration::from_millis(20);
         let began = Instant::now();
         // Podman locks a container while it works on it, and whoever looks waits.
-        while let Err(podman::Error::Timeout { .. }) = self.podman.inspect(container.as_str()).await
+        while self.unsure
+            && let Err(podman::Error::Timeout { .. }) =
+                self.podman.inspect(container.as_str()).await
             && began.elapsed() < LONGEST
         {}
+        while remains::checkpoint_under_way(container) && began.elapsed() < LONGEST {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Waits until Podman has ended the restores that it was asked for since then.
+    ///
+    /// Podman goes on when whoever asked has died: an archive that it has all of becomes a container,
+    /// after a while in which nothing of that container is to be seen. A copy that appears after it was
+    /// "undone" would run beside its source. What can be seen is the file that Podman keeps the archive
+    /// in until it has answered.
+    async fn restores_ended(&self, since: SystemTime) {
+        /// A file that stays for longer was left by a Podman that died.
+        const LONGEST: Duration = Duration::from_secs(45);
+        const LOOK_AGAIN: Duration = Duration::from_millis(50);
+        let began = Instant::now();
+        while remains::restore_under_way(since) && began.elapsed() < LONGEST {
+            // Where Podman is started by whoever asks: then the file is seen to be older than it.
+            let _ = self.podman.host().await;
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Has somebody's answer to whether the container runs there, or goes on asking for a minute.
@@ -246,6 +271,11 @@ impl Hands {
         }
     }
 
+    /// The program that runs this host's containers.
+    async fn runtime(&self) -> Result<PathBuf> {
+        Ok(self.podman.host().await?.runtime.path)
+    }
+
     /// Removes a restored container and the volumes that came with it.
     async fn remove_copy(
         &self,
@@ -258,6 +288,10 @@ impl Hands {
             timeout: Some(Duration::ZERO),
             volumes: true,
         };
+        // Of a Podman that has died, and not known to the one that lives.
+        if remains::restore_goes_on(container) {
+            remains::end(container, &self.runtime().await?).await;
+        }
         // Its sockets die with it, and what they say then would end the connections that go on at the
         // source, or have them taken for ended there.
         let addresses = match self.podman.inspect(container.as_str()).await {
@@ -277,6 +311,9 @@ impl Hands {
             tracing::warn!(%container, %error, "the copy may be heard when it ends");
         }
         self.podman.remove(container, options).await?;
+        if remains::runs(container) {
+            remains::end(container, &self.runtime().await?).await;
+        }
         fence.remove().await?;
         for volume in volumes {
             self.podman.remove_volume(volume).await?;
@@ -402,37 +439,6 @@ async fn ask<T: DeserializeOwned>(
 ) -> Result<T> {
     let mut connection = connect(config, &peer(config, name)?).await?;
     Ok(connection.call(method, path, &Nothing {}).await?)
-}
-
-/// Waits until Podman has ended the restores that it was asked for since then.
-///
-/// Podman goes on when whoever asked has died: an archive that it has all of becomes a container,
-/// after a while in which nothing of that container is to be seen. A copy that appears after it was
-/// "undone" would run beside its source. What can be seen is the file that Podman keeps the archive
-/// in until it has answered (`os.CreateTemp("", "restore")` in
-/// `pkg/api/handlers/libpod/containers.go`).
-async fn restores_ended(since: SystemTime) {
-    /// The temporary directory of Podman's service, unless it is told otherwise.
-    const TEMPORARY: &str = "/var/tmp";
-    /// A file that stays for longer was left by a Podman that died itself.
-    const LONGEST: Duration = Duration::from_secs(45);
-    const LOOK_AGAIN: Duration = Duration::from_millis(50);
-    let began = Instant::now();
-    let under_way = || {
-        let files = std::fs::read_dir(TEMPORARY).into_iter().flatten().flatten();
-        let mut archives = files.filter(|file| {
-            let name = file.file_name();
-            let number = name.to_str().and_then(|name| name.strip_prefix("restore"));
-            number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-        });
-        archives.any(|file| {
-            let modified = file.metadata().and_then(|about| about.modified());
-            modified.is_ok_and(|modified| modified >= since)
-        })
-    };
-    while under_way() && began.elapsed() < LONGEST {
-        tokio::time::sleep(LOOK_AGAIN).await;
-    }
 }
 
 /// Runs what blocks on a thread where it may.

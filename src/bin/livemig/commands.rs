@@ -422,7 +422,11 @@ async fn migrate(
         ) {
             priority::step_forward();
         }
+        #[cfg(debug_assertions)]
+        let moment = event.clone();
         progress.observe(event);
+        #[cfg(debug_assertions)]
+        crate::standstill::at(&moment);
     };
     let outcome = migration::migrate(&request, &mut observer).await;
     drop(progress);
