@@ -296,7 +296,9 @@ impl Hands {
         // source, or have them taken for ended there.
         let addresses = match self.podman.inspect(container.as_str()).await {
             Ok(copy) => copy.addresses().collect(),
-            Err(error) if error.is_not_found() => Vec::new(),
+            // It is not there, or so little of it that it cannot be looked at (its storage is gone, or
+            // was never made): it has no sockets.
+            Err(podman::Error::NotFound { .. } | podman::Error::Refused { .. }) => Vec::new(),
             Err(error) => return Err(error.into()),
         };
         let fence = Fence {

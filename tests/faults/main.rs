@@ -7,7 +7,7 @@
 //! was, and what is left on either host.
 //!
 //! `LIVEMIG_FAULTS` chooses cells: `freeze/agent-killed,restore,/link-cut-1s` is one cell, all of a
-//! moment, and one fault at all moments. The table is printed as it grows, and is in
+//! moment, and one fault at all moments; `LIVEMIG_FAULTS_ENGINES`, one engine. The table is printed as it grows, and is in
 //! `target/faults/table.json`. A program of its own rather than tests: it is one table, and it takes
 //! half an hour.
 
@@ -26,8 +26,8 @@ use fault::Fault;
 use moment::Moment;
 use table::{Cell, Table};
 
-/// Which engine moves the container.
-const ENGINE: &str = "rest";
+/// The engines that move the container.
+const ENGINES: [&str; 2] = ["rest", "direct"];
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -36,19 +36,25 @@ async fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let cells = chosen();
-    println!("{} cells, engine {ENGINE}\n\n{}", cells.len(), Cell::HEAD);
+    let asked = std::env::var("LIVEMIG_FAULTS_ENGINES").unwrap_or_default();
+    let engines = ENGINES
+        .into_iter()
+        .filter(|engine| asked.is_empty() || asked.split(',').any(|name| name.trim() == *engine));
+    println!("{} cells for each engine\n\n{}", cells.len(), Cell::HEAD);
     let mut table = Table::default();
-    let mut scene = None;
-    for (moment, fault) in cells {
-        let began = Instant::now();
-        let (next, seen) = scene::strike(scene.take(), moment, fault).await;
-        scene = next;
-        let cell = Cell::new(ENGINE, moment, fault, seen, began.elapsed());
-        println!("{cell}");
-        table.add(cell);
-    }
-    if let Some(scene) = scene {
-        scene.end().await;
+    for engine in engines {
+        let mut scene = None;
+        for (moment, fault) in cells.iter().copied() {
+            let began = Instant::now();
+            let (next, seen) = scene::strike(scene.take(), engine, moment, fault).await;
+            scene = next;
+            let cell = Cell::new(engine, moment, fault, seen, began.elapsed());
+            println!("{cell}");
+            table.add(cell);
+        }
+        if let Some(scene) = scene {
+            scene.end().await;
+        }
     }
     table.finish()
 }

@@ -94,10 +94,10 @@ impl Moment {
 
     /// Begins to move the container from the first host to the second, and waits until the migration
     /// stands at this moment.
-    pub async fn reach(self, pair: &Pair, container: &str) -> Process {
+    pub async fn reach(self, pair: &Pair, engine: &str, container: &str) -> Process {
         let begin = |event: &str| {
             let variables = [("LIVEMIG_STAND_STILL", event)];
-            pair.spawn_migration_with(container, 1, 2, &[], &variables)
+            pair.spawn_migration_with(container, 1, 2, &["--engine", engine], &variables)
         };
         match self.halt() {
             Halt::Event(event) => {

@@ -22,6 +22,7 @@ const STORAGE: &str = "200m";
 
 /// Hosts as they are when nothing is under way.
 pub struct Scene {
+    engine: &'static str,
     pair: Pair,
     /// Without the container.
     empty: [Census; 2],
@@ -46,10 +47,15 @@ pub struct Seen {
 }
 
 /// Strikes one migration. The scene is given back if it can be used again.
-pub async fn strike(scene: Option<Scene>, moment: Moment, fault: Fault) -> (Option<Scene>, Seen) {
+pub async fn strike(
+    scene: Option<Scene>,
+    engine: &'static str,
+    moment: Moment,
+    fault: Fault,
+) -> (Option<Scene>, Seen) {
     let mut scene = match scene {
         Some(scene) => scene,
-        None => Scene::set().await,
+        None => Scene::set(engine).await,
     };
     let outcome = AssertUnwindSafe(scene.cell(moment, fault))
         .catch_unwind()
@@ -77,8 +83,12 @@ pub async fn strike(scene: Option<Scene>, moment: Moment, fault: Fault) -> (Opti
 }
 
 impl Scene {
-    async fn set() -> Scene {
-        let pair = Pair::of(Lab::builder(2).storage_size(STORAGE)).await;
+    async fn set(engine: &'static str) -> Scene {
+        let lab = Lab::builder(2).storage_size(STORAGE);
+        let pair = match engine {
+            "direct" => Pair::direct(lab).await,
+            _ => Pair::of(lab).await,
+        };
         for number in [1, 2] {
             let host = pair.host(number);
             // These stay, whatever is tried.
@@ -92,6 +102,7 @@ impl Scene {
         let empty = [pair.host(1).census().await, pair.host(2).census().await];
         let furnished = empty.clone();
         let mut scene = Scene {
+            engine,
             pair,
             empty,
             furnished,
@@ -127,7 +138,7 @@ impl Scene {
                 "30000",
             ])
             .await;
-        let migration = moment.reach(&self.pair, NAME).await;
+        let migration = moment.reach(&self.pair, self.engine, NAME).await;
         let ended = fault.strike(moment, &mut self.pair, migration).await;
         let recovered = self
             .pair
@@ -202,7 +213,7 @@ impl Scene {
         for number in [1, 2] {
             let host = self.pair.host(number);
             host.sh(&format!(
-                "podman rm -f -t 0 {NAME}; conntrack -D -p tcp --dport 7000 2>/dev/null || true"
+                "podman rm -f -t 0 {NAME} || true; conntrack -D -p tcp --dport 7000 2>/dev/null || true"
             ))
             .await;
         }

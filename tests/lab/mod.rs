@@ -84,9 +84,13 @@ impl Lab {
             clients: 1,
             options: Vec::new(),
             storage_size: None,
-            bin_dir: option_env!("CARGO_BIN_EXE_livemig")
-                .and_then(|path| Path::new(path).parent())
-                .map(PathBuf::from),
+            // What was built with this test, unless somebody wants another.
+            bin_dir: match std::env::var_os("LIVEMIG_BIN_DIR") {
+                Some(directory) => Some(directory.into()),
+                None => option_env!("CARGO_BIN_EXE_livemig")
+                    .and_then(|path| Path::new(path).parent())
+                    .map(PathBuf::from),
+            },
         }
     }
 
