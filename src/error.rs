@@ -86,6 +86,9 @@ pub enum Error {
         /// The host that does not answer.
         destination: String,
     },
+    /// A host was to keep a container, and says that it does not run it.
+    #[error("{0} says that it does not run the container: it cannot keep it")]
+    NotThere(String),
     /// The container could not be saved, for a reason that only CRIU's log tells.
     #[error("{source}; CRIU says: {reason}")]
     Dump {
@@ -238,6 +241,7 @@ impl Error {
             | Error::NotIntroduced { .. }
             | Error::MayNotReceive(_)
             | Error::NoHop(_)
+            | Error::NotThere(_)
             | Error::RevokeUnsettled { .. }
             | Error::NotForwarded(_)
             | Error::TooManyPaths { .. }
@@ -283,6 +287,7 @@ impl Error {
             Error::HoldFull { .. } => "hold-full",
             Error::RolledBack { cause, .. } => cause.code(),
             Error::InDoubt { .. } => "in-doubt",
+            Error::NotThere(_) => "not-there",
             Error::Podman(error) if error.is_not_found() => "not-found",
             Error::Podman(podman::Error::Name { .. })
             | Error::Agent(agent::Error::BadName { .. }) => "bad-name",
@@ -344,8 +349,10 @@ impl Error {
             ),
             Error::RolledBack { cause, .. } => cause.hint(),
             Error::InDoubt { destination, .. } => Some(format!(
-                "see to it that {destination} answers, then run `livemig recover` here"
+                "see to it that {destination} answers, then run `livemig recover` here; if it never will, \
+                 decide which host is to have the container: `livemig recover --help`"
             )),
+            Error::NotThere(_) => Some("`livemig recover` lets it go on here".to_owned()),
             Error::NoContainer(_) => {
                 Some("`livemig ps` lists the containers of this host".to_owned())
             }

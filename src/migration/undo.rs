@@ -25,7 +25,9 @@ use crate::{Config, Error, Result};
 
 /// How long the destination is asked to give up its copy before the migration is called in doubt. A
 /// restarted agent answers within seconds.
-const ASKED_FOR: Duration = Duration::from_secs(60);
+pub(super) const ASKED_FOR: Duration = Duration::from_secs(60);
+/// How long it is asked where its answer does not decide.
+pub(super) const ASKED_ONCE_MORE: Duration = Duration::from_secs(5);
 /// How long to wait before asking again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -41,6 +43,9 @@ pub(crate) struct Hands {
     /// Whether Podman may still be at work on what was asked of it: whoever asked has died, or gave
     /// up waiting.
     pub unsure: bool,
+    /// Whether the container is this host's though the destination does not say that it has given up
+    /// its copy: the operator has said so.
+    pub kept_here: bool,
 }
 
 /// Why an effect is still there.
@@ -115,6 +120,7 @@ impl Hands {
             holds: Vec::new(),
             namespace: None,
             unsure: false,
+            kept_here: false,
         }
     }
 
@@ -156,14 +162,19 @@ impl Hands {
         }
     }
 
-    /// Has somebody's answer to whether the container runs there, or goes on asking for a minute.
-    pub async fn runs_at(&self, peer: &str, migration: &MigrationId) -> Result<bool> {
+    /// Has somebody's answer to whether the container runs there, or goes on asking for so long.
+    pub async fn runs_at(
+        &self,
+        peer: &str,
+        migration: &MigrationId,
+        patience: Duration,
+    ) -> Result<bool> {
         let began = Instant::now();
         let path = format!("/v1/migrations/{migration}");
         loop {
             match ask::<Status>(&self.config, peer, Method::GET, &path).await {
                 Ok(Status { stage }) => return Ok(stage == Stage::Running),
-                Err(error) if began.elapsed() >= ASKED_FOR => return Err(error),
+                Err(error) if began.elapsed() >= patience => return Err(error),
                 Err(error) => tracing::debug!(%error, peer, "no answer yet; asking again"),
             }
             tokio::time::sleep(ASK_AGAIN).await;
@@ -245,8 +256,8 @@ impl Hands {
         let began = Instant::now();
         // Whoever was only asked to prepare tidies up by itself when it hears nothing more.
         let patience = match asked {
-            Asked::Prepare => Duration::from_secs(5),
-            Asked::Restore => ASKED_FOR,
+            Asked::Restore if !self.kept_here => ASKED_FOR,
+            _ => ASKED_ONCE_MORE,
         };
         loop {
             let path = format!("/v1/migrations/{migration}");
@@ -262,8 +273,10 @@ impl Hands {
             };
             if began.elapsed() >= patience {
                 return Err(match asked {
-                    Asked::Prepare => UndoError::Failed(error),
-                    Asked::Restore => UndoError::InDoubt(peer.to_owned(), error),
+                    Asked::Restore if !self.kept_here => UndoError::InDoubt(peer.to_owned(), error),
+                    // What the copy says is not heard here any more once its flows are unmarked, which
+                    // is the next thing to be undone: the guard of the hop drops it.
+                    _ => UndoError::Failed(error),
                 });
             }
             tracing::debug!(%error, peer, "the destination does not answer; asking again");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
 use livemig::agent::Permission;
-use livemig::migration::{Engine, Phase, Privilege, WhenFull};
+use livemig::migration::{Engine, Keep, Phase, Privilege, WhenFull};
 
 /// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
 #[derive(Debug, Parser)]
@@ -305,7 +305,21 @@ pub enum Command {
     ///
     /// Reads the journal. A migration that was past its point of no return is finished; any other is
     /// undone, after the destination has given up its copy.
-    Recover,
+    ///
+    /// If the destination does not answer, it may run the container, and nothing is done to that: it stays
+    /// frozen here, its packets wait or are sent again by its peers, and the exit code is 7. See to it that
+    /// the destination answers, and run this again. If it never will, --keep decides.
+    Recover {
+        /// Which host is to have a container when the destination does not say whether it runs there
+        ///
+        /// Silence the other host first: cut its power, or its network. source: the container goes on
+        /// here, as it was when it was frozen; whatever the copy says through this host is dropped from
+        /// then on, but what it says elsewhere cannot be; the destination is told to give it up for five
+        /// seconds, and again whenever this is run, until it has (exit code 6 until then). destination:
+        /// the container here is removed; refused if the destination answers that it does not run it.
+        #[arg(long, value_name = "source|destination", hide_possible_values = true)]
+        keep: Option<Which>,
+    },
 
     /// Put livemig between Podman and its runtime, for the direct engine
     ///
@@ -352,6 +366,24 @@ impl From<EngineName> for Engine {
         match name {
             EngineName::Rest => Engine::Rest,
             EngineName::Direct => Engine::Direct,
+        }
+    }
+}
+
+/// One of the two hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Which {
+    /// The one that the container was to leave
+    Source,
+    /// The one that it was to go to
+    Destination,
+}
+
+impl From<Which> for Keep {
+    fn from(which: Which) -> Keep {
+        match which {
+            Which::Source => Keep::Source,
+            Which::Destination => Keep::Destination,
         }
     }
 }

@@ -10,7 +10,7 @@ use livemig::agent::{
     Server, Sessions, Token, Trust,
 };
 use livemig::conntrack::{Counting, Direction};
-use livemig::migration::{self, Event, Hopless, Observer, Phase, Policy};
+use livemig::migration::{self, Event, Hopless, Keep, Observer, Phase, Policy};
 use livemig::{Config, Error, Request};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -85,7 +85,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Flows {
             container, watch, ..
         } => flows(&config, container.as_deref(), watch, json).await,
-        Command::Recover => recover(&config, json).await,
+        Command::Recover { keep } => recover(&config, keep.map(Into::into), json).await,
         Command::Setup { remove } => setup(&config, remove, json),
         Command::Completions { shell } => {
             clap_complete::generate(
@@ -669,13 +669,13 @@ fn flows_table(flows: &[livemig::overview::ListedFlow]) -> Table {
     table
 }
 
-async fn recover(config: &Config, json: bool) -> Result<ExitCode, Error> {
+async fn recover(config: &Config, keep: Option<Keep>, json: bool) -> Result<ExitCode, Error> {
     let mut tell = |event: Event| {
         if !json {
             Progress::new(false).observe(event);
         }
     };
-    let recovered = migration::recover(config, &mut tell).await?;
+    let recovered = migration::recover(config, keep, &mut tell).await?;
     let clean = recovered
         .iter()
         .all(|migration| migration.leftovers.is_empty());
