@@ -86,6 +86,10 @@ pub enum Error {
         /// The host that does not answer.
         destination: String,
     },
+    /// The destination has undone what it had prepared: its agent was started anew, or heard nothing for
+    /// too long.
+    #[error("{0} does not know of the migration any more")]
+    Forgotten(String),
     /// A host was to keep a container, and says that it does not run it.
     #[error("{0} says that it does not run the container: it cannot keep it")]
     NotThere(String),
@@ -288,6 +292,7 @@ impl Error {
             Error::RolledBack { cause, .. } => cause.code(),
             Error::InDoubt { .. } => "in-doubt",
             Error::NotThere(_) => "not-there",
+            Error::Forgotten(_) => "forgotten",
             Error::Podman(error) if error.is_not_found() => "not-found",
             Error::Podman(podman::Error::Name { .. })
             | Error::Agent(agent::Error::BadName { .. }) => "bad-name",
@@ -352,6 +357,7 @@ impl Error {
                 "see to it that {destination} answers, then run `livemig recover` here; if it never will, \
                  decide which host is to have the container: `livemig recover --help`"
             )),
+            Error::Forgotten(_) => Some("begin again".to_owned()),
             Error::NotThere(_) => Some("`livemig recover` lets it go on here".to_owned()),
             Error::NoContainer(_) => {
                 Some("`livemig ps` lists the containers of this host".to_owned())

@@ -5,7 +5,7 @@ mod lab;
 
 use lab::gate::{break_criu, close, mend_criu, open, reached, signal_podman};
 use lab::pair::Pair;
-use lab::{Census, Lab, Output, Process, Workload, gate};
+use lab::{Census, Lab, Output, Process, Workload, gate, link};
 use rustix::process::Signal;
 
 const PUBLISH: [&str; 2] = ["-p", "7000:7000"];
@@ -301,6 +301,81 @@ async fn a_crash_is_recovered_from() {
     // It may have spoken to its peers by then: now it stays there.
     assert!(recover(&scene.pair).await);
     assert_eq!(h1.container_state("web").await, None);
+    assert_eq!(h2.container_state("web").await.as_deref(), Some("running"));
+    scene.end(2).await;
+}
+
+/// A migration whose copy is about to be restored, and whose source has died.
+async fn in_doubt(scene: &Scene) {
+    let h2 = scene.pair.host(2);
+    close(h2, "restore").await;
+    let attempt = scene.start();
+    reached(h2, "restore").await;
+    attempt.kill().await;
+}
+
+#[tokio::test]
+async fn the_operator_keeps_it_at_the_source() {
+    let scene = Scene::set(Lab::builder(2)).await;
+    let [h1, h2] = [scene.pair.host(1), scene.pair.host(2)];
+    let wan = scene.pair.lab().wan();
+
+    in_doubt(&scene).await;
+    link::cut(wan).await;
+    // It comes to life, and nobody here knows.
+    open(h2, "restore").await;
+    let kept = h1
+        .try_exec(&["livemig", "--json", "recover", "--keep", "source"])
+        .await;
+    assert_code(&kept, 6);
+    let found = kept.json();
+    let left = found[0]["leftovers"].as_array().expect("a list");
+    let left: Vec<_> = left.iter().map(|left| &left["effect"]).collect();
+    assert_eq!(
+        left,
+        ["what h2 has restored", "what h2 has prepared"],
+        "{kept}"
+    );
+    let answer = scene.pair.client(1).ask(h1.address(), 7000, "info").await;
+    assert!(answer["open"].as_u64() >= Some(2), "{answer}");
+    // Two of them, and this one is heard.
+    assert_eq!(h2.container_state("web").await.as_deref(), Some("running"));
+
+    link::mend(wan).await;
+    assert!(!recover(&scene.pair).await);
+    scene.assert_untouched("kept at the source").await;
+    scene.finish().await;
+}
+
+#[tokio::test]
+async fn the_operator_leaves_it_to_the_destination() {
+    let scene = Scene::set(Lab::builder(2)).await;
+    let [h1, h2] = [scene.pair.host(1), scene.pair.host(2)];
+    let wan = scene.pair.lab().wan();
+
+    // Not when it says that there is nothing.
+    close(h1, "checkpoint").await;
+    let attempt = scene.start();
+    reached(h1, "checkpoint").await;
+    attempt.kill().await;
+    open(h1, "checkpoint").await;
+    let leave = ["livemig", "--json", "recover", "--keep", "destination"];
+    let refused = h1.try_exec(&leave).await;
+    assert_code(&refused, 3);
+    assert!(refused.to_string().contains("not-there"), "{refused}");
+    assert!(!recover(&scene.pair).await);
+    scene.assert_untouched("nothing to keep there").await;
+
+    in_doubt(&scene).await;
+    open(h2, "restore").await;
+    while h2.container_state("web").await.as_deref() != Some("running") {
+        tokio::time::sleep(lab::LOOK).await;
+    }
+    link::cut(wan).await;
+    assert_code(&h1.try_exec(&leave).await, 6);
+    assert_eq!(h1.container_state("web").await, None);
+    link::mend(wan).await;
+    assert!(recover(&scene.pair).await);
     assert_eq!(h2.container_state("web").await.as_deref(), Some("running"));
     scene.end(2).await;
 }

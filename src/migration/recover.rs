@@ -10,7 +10,7 @@ use super::journal::{Journal, JournalError, left_behind, number_of};
 use super::lock::Lock;
 use super::preflight::{must_be_root, podman};
 use super::report::Leftover;
-use super::undo::{Hands, remove_staging, unwind};
+use super::undo::{ASKED_FOR, ASKED_ONCE_MORE, Hands, remove_staging, unwind};
 use crate::criu::State;
 use crate::{Config, Error, Result};
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::lab::pair::Pair;
-use super::lab::{LOOK, Node, Output, Process, gate};
+use super::lab::{LOOK, Node, Output, Process, gate, link};
 use super::moment::{Moment, WayOn};
 use rustix::process::Signal;
 
@@ -132,22 +132,22 @@ impl Fault {
                 go_on(&way_on, migration).await
             }
             Fault::LinkCut(seconds) => {
-                cut(&wan).await;
+                link::cut(&wan).await;
                 way_on.open(Some(&migration)).await;
                 tokio::time::sleep(Duration::from_secs(seconds)).await;
-                mend(&wan).await;
+                link::mend(&wan).await;
                 migration.finish_within(LONGEST).await
             }
             Fault::LinkCutForGood => {
-                cut(&wan).await;
+                link::cut(&wan).await;
                 let ended = go_on(&way_on, migration).await;
-                mend(&wan).await;
+                link::mend(&wan).await;
                 ended
             }
             Fault::LinkBad => {
-                spoil(&wan).await;
+                link::spoil(&wan).await;
                 let ended = go_on(&way_on, migration).await;
-                mend(&wan).await;
+                link::mend(&wan).await;
                 ended
             }
             Fault::SourceDiskFull | Fault::DestinationDiskFull => {
@@ -215,53 +215,6 @@ async fn kill(migration: Process) -> Output {
 async fn restart_podman(host: &Node) {
     gate::signal_podman(host, "KILL").await;
     host.podman_service("start").await;
-}
-
-/// Nothing passes between the hosts. Clients reach both.
-async fn cut(wan: &Node) {
-    wan.sh("nft -f - <<END
-table bridge fault {
-    chain between {
-        type filter hook forward priority filter;
-        iifname h1 oifname h2 drop
-        iifname h2 oifname h1 drop
-    }
-}
-END")
-        .await;
-}
-
-/// The link between the hosts drops one packet in 20 and sends as many twice, and what leaves it
-/// waits in a queue of 20 Mbit/s: there is no netem on every kernel.
-async fn spoil(wan: &Node) {
-    wan.sh("nft -f - <<END
-table bridge fault {
-    chain between {
-        type filter hook forward priority filter;
-        iifname h1 oifname h2 numgen random mod 20 0 drop
-        iifname h2 oifname h1 numgen random mod 20 0 drop
-    }
-}
-table netdev fault {
-    chain from1 {
-        type filter hook ingress device h1 priority filter;
-        ip daddr 10.77.0.12 numgen random mod 20 0 dup to h2
-    }
-    chain from2 {
-        type filter hook ingress device h2 priority filter;
-        ip daddr 10.77.0.11 numgen random mod 20 0 dup to h1
-    }
-}
-END
-for port in h1 h2; do tc qdisc add dev $port root tbf rate 20mbit burst 10kb latency 500ms; done")
-        .await;
-}
-
-/// The link is as it was.
-async fn mend(wan: &Node) {
-    wan.sh("nft flush ruleset
-        for port in h1 h2; do tc qdisc del dev $port root 2>/dev/null || true; done")
-        .await;
 }
 
 /// The file systems of a host that livemig and Podman write to, which are small here for that.

@@ -16,6 +16,7 @@
 #![allow(dead_code)]
 
 pub mod gate;
+pub mod link;
 pub mod pair;
 
 use std::collections::{BTreeMap, HashMap};
