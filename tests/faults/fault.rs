@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::lab::pair::Pair;
 use super::lab::{LOOK, Node, Output, Process, gate, link};
-use super::moment::{Moment, WayOn};
+use super::moment::{Moment, Move, WayOn};
 use rustix::process::Signal;
 
 /// The longest time that a migration may take to end: a destination that is gone is asked for a minute
@@ -95,11 +95,22 @@ impl Fault {
         }
     }
 
+    /// Whether it is mostly waited for.
+    pub fn takes_long(self) -> bool {
+        matches!(self, Fault::LinkCut(30) | Fault::LinkCutForGood)
+    }
+
     /// Strikes a migration that stands at a moment, lets it go on, and mends what is broken when it has
     /// ended. Returns what it said at its end.
-    pub async fn strike(self, moment: Moment, pair: &mut Pair, migration: Process) -> Output {
-        let way_on = moment.way_on(pair);
-        let [source, destination] = [pair.host(1).clone(), pair.host(2).clone()];
+    pub async fn strike(
+        self,
+        moment: Moment,
+        pair: &mut Pair,
+        what: Move,
+        migration: Process,
+    ) -> Output {
+        let way_on = moment.way_on(pair, what);
+        let [source, destination] = [what.from, what.to].map(|host| pair.host(host).clone());
         let wan = pair.lab().wan().clone();
         // Where CRIU is about to work.
         let at_work = if moment == Moment::Freeze {
@@ -116,11 +127,11 @@ impl Fault {
             Fault::BothKilled => {
                 let killed = kill(migration).await;
                 // The new agent may have to wait for what stands at the moment.
-                tokio::join!(pair.replace_agent(2), way_on.open(None));
+                tokio::join!(pair.replace_agent(what.to), way_on.open(None));
                 killed
             }
             Fault::AgentKilled => {
-                tokio::join!(pair.replace_agent(2), way_on.open(Some(&migration)));
+                tokio::join!(pair.replace_agent(what.to), way_on.open(Some(&migration)));
                 migration.finish_within(LONGEST).await
             }
             Fault::SourcePodmanKilled => {

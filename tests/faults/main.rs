@@ -17,6 +17,7 @@ mod lab;
 mod fault;
 mod moment;
 mod scene;
+mod soak;
 mod table;
 
 use std::process::ExitCode;
@@ -24,6 +25,7 @@ use std::time::Instant;
 
 use fault::Fault;
 use moment::Moment;
+use scene::Scene;
 use table::{Cell, Table};
 
 /// The engines that move the container.
@@ -31,36 +33,56 @@ const ENGINES: [&str; 2] = ["rest", "direct"];
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    let asked_to = |what: &str| std::env::args().any(|argument| argument == what);
+    if asked_to("--soak") {
+        return soak::soak().await;
+    }
     // `cargo test` starts this as well, and nextest asks it for tests.
-    if !std::env::args().any(|argument| argument == "--run") {
+    if !asked_to("--run") {
         return ExitCode::SUCCESS;
     }
-    let cells = chosen();
-    let asked = std::env::var("LIVEMIG_FAULTS_ENGINES").unwrap_or_default();
-    let engines = ENGINES
+    let (waiting, working): (Vec<_>, Vec<_>) = chosen()
         .into_iter()
-        .filter(|engine| asked.is_empty() || asked.split(',').any(|name| name.trim() == *engine));
-    println!("{} cells for each engine\n\n{}", cells.len(), Cell::HEAD);
-    let mut table = Table::default();
-    for engine in engines {
-        let mut scene = None;
-        for (moment, fault) in cells.iter().copied() {
-            let began = Instant::now();
-            let (next, seen) = scene::strike(scene.take(), engine, moment, fault).await;
-            scene = next;
-            let cell = Cell::new(engine, moment, fault, seen, began.elapsed());
-            println!("{cell}");
-            table.add(cell);
-        }
-        if let Some(scene) = scene {
-            scene.end().await;
-        }
-    }
-    table.finish()
+        .partition(|(_, _, fault)| fault.takes_long());
+    println!("{} cells\n\n{}", waiting.len() + working.len(), Cell::HEAD);
+    // Most of the time that a link is cut for, nothing happens: others are struck meanwhile.
+    let (mut rows, others) = tokio::join!(strike_all(working), strike_all(waiting));
+    rows.extend(others);
+    Table::of(rows).finish()
 }
 
-/// The cells to look at, moment by moment.
-fn chosen() -> Vec<(Moment, Fault)> {
+/// Strikes cells one after the other, on the same hosts for as long as they are clean.
+async fn strike_all(cells: Vec<(&'static str, Moment, Fault)>) -> Vec<Cell> {
+    let mut rows = Vec::new();
+    let mut scene: Option<Scene> = None;
+    for (engine, moment, fault) in cells {
+        let began = Instant::now();
+        let (next, seen) = scene::strike(scene.take(), engine, moment, fault).await;
+        scene = next;
+        let cell = Cell::new(engine, moment, fault, seen, began.elapsed());
+        println!("{cell}");
+        rows.push(cell);
+    }
+    if let Some(scene) = scene {
+        scene.end().await;
+    }
+    rows
+}
+
+/// The cells to look at, engine by engine and moment by moment.
+fn chosen() -> Vec<(&'static str, Moment, Fault)> {
+    let asked = std::env::var("LIVEMIG_FAULTS_ENGINES").unwrap_or_default();
+    let asked: Vec<&str> = asked
+        .split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+        .collect();
+    for name in &asked {
+        assert!(
+            ENGINES.contains(name),
+            "LIVEMIG_FAULTS_ENGINES: there is no engine {name}"
+        );
+    }
     let choice = std::env::var("LIVEMIG_FAULTS").unwrap_or_default();
     let words: Vec<(&str, &str)> = choice
         .split(',')
@@ -79,10 +101,15 @@ fn chosen() -> Vec<(Moment, Fault)> {
             })
     };
     let mut cells = Vec::new();
-    for moment in Moment::ALL {
-        for fault in Fault::ALL {
-            if fault.can_strike(moment) && wanted(moment, fault) {
-                cells.push((moment, fault));
+    for engine in ENGINES {
+        if !asked.is_empty() && !asked.contains(&engine) {
+            continue;
+        }
+        for moment in Moment::ALL {
+            for fault in Fault::ALL {
+                if fault.can_strike(moment) && wanted(moment, fault) {
+                    cells.push((engine, moment, fault));
+                }
             }
         }
     }

@@ -2,7 +2,18 @@
 //! past the point of no return.
 
 use super::lab::pair::Pair;
-use super::lab::{LOOK, Process, gate};
+use super::lab::{LOOK, Node, Process, gate};
+
+/// What is to move, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Move {
+    pub engine: &'static str,
+    pub container: &'static str,
+    /// The number of the host that it is to leave.
+    pub from: usize,
+    /// And of the one that it is to go to.
+    pub to: usize,
+}
 
 /// Where a migration is brought to a stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,8 +46,10 @@ enum Halt {
     Event(&'static str),
     /// Because the destination's Podman does not answer.
     Podman,
-    /// At the gate before this verb of a host's runtime.
-    Gate(usize, &'static str),
+    /// At the gate before this verb of the source's runtime.
+    Source(&'static str),
+    /// At the gate before this verb of the destination's.
+    Destination(&'static str),
 }
 
 impl Moment {
@@ -83,53 +96,60 @@ impl Moment {
             Moment::Prepare => Halt::Podman,
             Moment::Precopy => Halt::Event("started:precopy"),
             Moment::Hold => Halt::Event("finished:hold"),
-            Moment::Freeze => Halt::Gate(1, "checkpoint"),
+            Moment::Freeze => Halt::Source("checkpoint"),
             Moment::Transfer => Halt::Event("started:transfer"),
-            Moment::Restore => Halt::Gate(2, "restore"),
+            Moment::Restore => Halt::Destination("restore"),
             Moment::Steer => Halt::Event("started:steer"),
             Moment::Commit => Halt::Event("started:commit"),
-            Moment::Removal => Halt::Gate(1, "delete"),
+            Moment::Removal => Halt::Source("delete"),
         }
     }
 
-    /// Begins to move the container from the first host to the second, and waits until the migration
-    /// stands at this moment.
-    pub async fn reach(self, pair: &Pair, engine: &str, container: &str) -> Process {
+    /// Begins a migration, and waits until it stands at this moment.
+    pub async fn reach(self, pair: &Pair, what: Move) -> Process {
         let begin = |event: &str| {
             let variables = [("LIVEMIG_STAND_STILL", event)];
-            pair.spawn_migration_with(container, 1, 2, &["--engine", engine], &variables)
+            let Move {
+                engine,
+                container,
+                from,
+                to,
+            } = what;
+            pair.spawn_migration_with(container, from, to, &["--engine", engine], &variables)
         };
-        match self.halt() {
+        let (host, verb) = match self.halt() {
             Halt::Event(event) => {
                 let migration = begin(event);
                 migration.stands_still().await;
-                migration
+                return migration;
             }
             Halt::Podman => {
+                let destination = pair.host(what.to);
                 let migration = begin("started:prepare");
                 migration.stands_still().await;
-                gate::signal_podman(pair.host(2), "STOP").await;
+                gate::signal_podman(destination, "STOP").await;
                 migration.go_on();
-                let journals = pair.host(2).path("/var/lib/livemig/journal/incoming");
+                let journals = destination.path("/var/lib/livemig/journal/incoming");
                 while std::fs::read_dir(&journals).is_ok_and(|mut files| files.next().is_none()) {
                     tokio::time::sleep(LOOK).await;
                 }
-                migration
+                return migration;
             }
-            Halt::Gate(host, verb) => {
-                gate::close(pair.host(host), verb).await;
-                let migration = begin("");
-                gate::reached(pair.host(host), verb).await;
-                migration
-            }
-        }
+            Halt::Source(verb) => (pair.host(what.from), verb),
+            Halt::Destination(verb) => (pair.host(what.to), verb),
+        };
+        gate::close(host, verb).await;
+        let migration = begin("");
+        gate::reached(host, verb).await;
+        migration
     }
 
     /// What lets it go on from there.
-    pub fn way_on(self, pair: &Pair) -> WayOn {
+    pub fn way_on(self, pair: &Pair, what: Move) -> WayOn {
         WayOn {
             halt: self.halt(),
-            hosts: [pair.host(1).clone(), pair.host(2).clone()],
+            source: pair.host(what.from).clone(),
+            destination: pair.host(what.to).clone(),
         }
     }
 }
@@ -137,7 +157,8 @@ impl Moment {
 /// Lets a migration go on that stands at a moment.
 pub struct WayOn {
     halt: Halt,
-    hosts: [super::lab::Node; 2],
+    source: Node,
+    destination: Node,
 }
 
 impl WayOn {
@@ -149,8 +170,9 @@ impl WayOn {
                     migration.go_on();
                 }
             }
-            Halt::Podman => gate::signal_podman(&self.hosts[1], "CONT").await,
-            Halt::Gate(host, verb) => gate::open(&self.hosts[host - 1], verb).await,
+            Halt::Podman => gate::signal_podman(&self.destination, "CONT").await,
+            Halt::Source(verb) => gate::open(&self.source, verb).await,
+            Halt::Destination(verb) => gate::open(&self.destination, verb).await,
         }
     }
 }

@@ -10,10 +10,36 @@ use serde_json::Value;
 use super::fault::Fault;
 use super::lab::pair::Pair;
 use super::lab::{Census, LOOK, Lab, Output, gate};
-use super::moment::Moment;
+use super::moment::{Moment, Move};
 
-const NAME: &str = "web";
-const PUBLISH: [&str; 2] = ["-p", "7000:7000"];
+pub const NAME: &str = "web";
+
+/// What runs in the container.
+#[derive(Debug, Clone, Copy)]
+pub struct Furniture {
+    podman: &'static [&'static str],
+    workload: &'static [&'static str],
+}
+
+/// An echo server.
+pub const TCP: Furniture = Furniture {
+    podman: &["-p", "7000:7000"],
+    workload: &["echo", "7000"],
+};
+
+/// Two of them.
+pub const TCP_AND_UDP: Furniture = Furniture {
+    podman: &[
+        "-p",
+        "7000:7000",
+        "-p",
+        "7001:7001/udp",
+        "--entrypoint",
+        "/bin/sh",
+    ],
+    workload: &["-c", "/workload udp-echo 7001 & exec /workload echo 7000"],
+};
+
 /// How long what passes may take to pass: processes that end, Podman's own clean-up.
 const SETTLES: Duration = Duration::from_secs(15);
 
@@ -23,11 +49,12 @@ const STORAGE: &str = "200m";
 /// Hosts as they are when nothing is under way.
 pub struct Scene {
     engine: &'static str,
-    pair: Pair,
+    furniture: Furniture,
+    pub pair: Pair,
     /// Without the container.
     empty: [Census; 2],
     /// With it, on the first.
-    furnished: [Census; 2],
+    pub furnished: [Census; 2],
 }
 
 /// What became of a cell.
@@ -54,8 +81,13 @@ pub async fn strike(
     fault: Fault,
 ) -> (Option<Scene>, Seen) {
     let mut scene = match scene {
-        Some(scene) => scene,
-        None => Scene::set(engine).await,
+        Some(scene) if scene.engine == engine => scene,
+        other => {
+            if let Some(other) = other {
+                other.end().await;
+            }
+            Scene::set(engine, TCP).await
+        }
     };
     let outcome = AssertUnwindSafe(scene.cell(moment, fault))
         .catch_unwind()
@@ -83,7 +115,7 @@ pub async fn strike(
 }
 
 impl Scene {
-    async fn set(engine: &'static str) -> Scene {
+    pub async fn set(engine: &'static str, furniture: Furniture) -> Scene {
         let lab = Lab::builder(2).storage_size(STORAGE);
         let pair = match engine {
             "direct" => Pair::direct(lab).await,
@@ -97,12 +129,13 @@ impl Scene {
                  touch /run/livemig/hops/interfaces.lock /run/livemig/hops/records.lock")
                 .await;
             gate::install(host).await;
-            pair.settled(number, &PUBLISH).await;
+            settle_podman(&pair, number, furniture).await;
         }
         let empty = [pair.host(1).census().await, pair.host(2).census().await];
         let furnished = empty.clone();
         let mut scene = Scene {
             engine,
+            furniture,
             pair,
             empty,
             furnished,
@@ -114,7 +147,8 @@ impl Scene {
     /// The container is started on the first host.
     async fn furnish(&mut self) {
         let own = self.pair.host(1);
-        own.run_workload(NAME, &PUBLISH, &["echo", "7000"]).await;
+        own.run_workload(NAME, self.furniture.podman, self.furniture.workload)
+            .await;
         self.furnished = [own.census().await, self.pair.host(2).census().await];
     }
 
@@ -138,8 +172,14 @@ impl Scene {
                 "30000",
             ])
             .await;
-        let migration = moment.reach(&self.pair, self.engine, NAME).await;
-        let ended = fault.strike(moment, &mut self.pair, migration).await;
+        let what = Move {
+            engine: self.engine,
+            container: NAME,
+            from: 1,
+            to: 2,
+        };
+        let migration = moment.reach(&self.pair, what).await;
+        let ended = fault.strike(moment, &mut self.pair, what, migration).await;
         let recovered = self
             .pair
             .host(1)
@@ -173,7 +213,7 @@ impl Scene {
     }
 
     /// The hosts on which it runs, once they are one; or as they are when that takes too long.
-    async fn where_it_runs(&self) -> Vec<String> {
+    pub async fn where_it_runs(&self) -> Vec<String> {
         let began = Instant::now();
         loop {
             let mut on = Vec::new();
@@ -197,15 +237,9 @@ impl Scene {
 
     /// What is left on the hosts, and whether they can be used again.
     async fn left(&mut self, runs_on: &[String]) -> (Vec<String>, bool) {
-        let mut left = self
-            .settle(async |scene: &Scene| scene.journals().await)
-            .await;
+        let mut left = self.unfinished().await;
         if runs_on == ["h1"] {
-            let furnished = self.furnished.clone();
-            left.extend(
-                self.settle(async |scene: &Scene| scene.differences(&furnished).await)
-                    .await,
-            );
+            left.extend(self.beside_the_furniture().await);
             let clean = left.is_empty();
             return (left, clean);
         }
@@ -217,9 +251,8 @@ impl Scene {
             ))
             .await;
         }
-        let empty = self.empty.clone();
         left.extend(
-            self.settle(async |scene: &Scene| scene.differences(&empty).await)
+            self.settle(async |scene: &Scene| scene.differences(&scene.empty).await)
                 .await,
         );
         let clean = left.is_empty() && runs_on == ["h2"];
@@ -227,6 +260,19 @@ impl Scene {
             self.furnish().await;
         }
         (left, clean)
+    }
+
+    /// What is on the hosts that was not when the container was started on the first, and the other way
+    /// round.
+    pub async fn beside_the_furniture(&self) -> Vec<String> {
+        self.settle(async |scene: &Scene| scene.differences(&scene.furnished).await)
+            .await
+    }
+
+    /// Journals and locks of migrations that have ended.
+    pub async fn unfinished(&self) -> Vec<String> {
+        self.settle(async |scene: &Scene| scene.journals().await)
+            .await
     }
 
     /// Looks until there is nothing to be seen, or it stays.
@@ -294,14 +340,26 @@ impl Seen {
     }
 }
 
-fn exit(ended: &Output) -> String {
+/// What Podman leaves behind of the first container that has such ports is not a migration's.
+async fn settle_podman(pair: &Pair, number: usize, furniture: Furniture) {
+    let ports: Vec<&str> = furniture
+        .podman
+        .chunks(2)
+        .filter(|option| option[0] == "-p")
+        .flatten()
+        .copied()
+        .collect();
+    pair.settled(number, &ports).await;
+}
+
+pub fn exit(ended: &Output) -> String {
     match ended.status.code() {
         Some(code) => code.to_string(),
         None => "killed".to_owned(),
     }
 }
 
-fn connection(report: &Value) -> String {
+pub fn connection(report: &Value) -> String {
     let right = report["wrong"] == 0
         && report["resets"] == 0
         && report["unanswered"] == 0

@@ -93,12 +93,16 @@ impl fmt::Display for Cell {
 }
 
 /// All rows.
-#[derive(Default)]
 pub struct Table(Vec<Cell>);
 
 impl Table {
-    pub fn add(&mut self, cell: Cell) {
-        self.0.push(cell);
+    /// In the order of engines, moments and faults, whatever was looked at first.
+    pub fn of(mut rows: Vec<Cell>) -> Table {
+        let moment = |cell: &Cell| Moment::ALL.iter().position(|other| *other == cell.moment);
+        let fault = |cell: &Cell| Fault::ALL.iter().position(|other| *other == cell.fault);
+        // The engines' own order is that of the alphabet, backwards.
+        rows.sort_by_key(|cell| (std::cmp::Reverse(cell.engine), moment(cell), fault(cell)));
+        Table(rows)
     }
 
     /// Writes it down, and says whether every cell is as it has to be.
@@ -120,7 +124,12 @@ impl Table {
         }
         println!("FAIL: {} of {} cells:", bad.len(), self.0.len());
         for cell in bad {
-            println!("  {}/{}", cell.moment.name(), cell.fault.name());
+            println!(
+                "  {} {}/{}",
+                cell.engine,
+                cell.moment.name(),
+                cell.fault.name()
+            );
         }
         ExitCode::FAILURE
     }
