@@ -86,6 +86,12 @@ pub enum Error {
         /// The host that does not answer.
         destination: String,
     },
+    /// As many migrations are coming to this host as may.
+    #[error("{limit} migrations are coming here at this moment, and no more may (limit: incoming)")]
+    TooManyIncoming {
+        /// How many may.
+        limit: usize,
+    },
     /// The destination has undone what it had prepared: its agent was started anew, or heard nothing for
     /// too long.
     #[error("{0} does not know of the migration any more")]
@@ -246,6 +252,7 @@ impl Error {
             | Error::MayNotReceive(_)
             | Error::NoHop(_)
             | Error::NotThere(_)
+            | Error::TooManyIncoming { .. }
             | Error::RevokeUnsettled { .. }
             | Error::NotForwarded(_)
             | Error::TooManyPaths { .. }
@@ -293,6 +300,7 @@ impl Error {
             Error::InDoubt { .. } => "in-doubt",
             Error::NotThere(_) => "not-there",
             Error::Forgotten(_) => "forgotten",
+            Error::TooManyIncoming { .. } => "too-many-incoming",
             Error::Podman(error) if error.is_not_found() => "not-found",
             Error::Podman(podman::Error::Name { .. })
             | Error::Agent(agent::Error::BadName { .. }) => "bad-name",
@@ -358,6 +366,7 @@ impl Error {
                  decide which host is to have the container: `livemig recover --help`"
             )),
             Error::Forgotten(_) => Some("begin again".to_owned()),
+            Error::TooManyIncoming { .. } => Some("wait until one of them has ended".to_owned()),
             Error::NotThere(_) => Some("`livemig recover` lets it go on here".to_owned()),
             Error::NoContainer(_) => {
                 Some("`livemig ps` lists the containers of this host".to_owned())

@@ -45,8 +45,6 @@ use crate::{Class, Config, Error};
 
 /// The largest container that is taken, in bytes: more memory than a host has.
 const CONTAINER: u64 = 16 << 40;
-/// How long a prepared migration may hear nothing from its source before it is undone.
-const FORSAKEN: Duration = Duration::from_secs(120);
 /// How often the forsaken are looked for.
 const LOOK_ROUND: Duration = Duration::from_secs(10);
 
@@ -226,7 +224,9 @@ impl Sessions {
                 let Ok(mut session) = session.state.try_lock() else {
                     continue;
                 };
-                if session.stage == Stage::Prepared && session.heard_of.elapsed() >= FORSAKEN {
+                if session.stage == Stage::Prepared
+                    && session.heard_of.elapsed() >= self.config.forsaken_timeout
+                {
                     tracing::warn!(migration = %id, "its source has gone silent: undoing it");
                     if let Err(error) = self.undo(&id, &mut session).await {
                         tracing::error!(migration = %id, %error, "it could not be undone");
@@ -428,6 +428,7 @@ impl Sessions {
             post_copy,
             forward,
         } = prepare;
+        self.room_for_one_more()?;
         // From here on whoever wants it undone waits for this to end: a source that has crashed and
         // asks for that must not be told that there is nothing, and then there is.
         let journal = Journal::create(&self.config.incoming_dir(), &id)?;
@@ -465,6 +466,15 @@ impl Sessions {
             }
         }
         prepared
+    }
+
+    /// Each has a share of this host's memory and disk, and of its packets that may wait.
+    fn room_for_one_more(&self) -> Result<(), Error> {
+        let limit = self.config.incoming;
+        if self.sessions().len() >= limit {
+            return Err(Error::TooManyIncoming { limit });
+        }
+        Ok(())
     }
 
     async fn make_ready(

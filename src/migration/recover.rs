@@ -10,7 +10,7 @@ use super::journal::{Journal, JournalError, left_behind, number_of};
 use super::lock::Lock;
 use super::preflight::{must_be_root, podman};
 use super::report::Leftover;
-use super::undo::{ASKED_FOR, ASKED_ONCE_MORE, Hands, remove_staging, unwind};
+use super::undo::{Hands, remove_staging, unwind};
 use crate::criu::State;
 use crate::{Config, Error, Result};
 
@@ -132,7 +132,10 @@ async fn runs_elsewhere(hands: &Hands, journal: &Journal, keep: Option<Keep>) ->
         else {
             continue;
         };
-        let patience = keep.map_or(ASKED_FOR, |_| ASKED_ONCE_MORE);
+        let patience = match keep {
+            Some(_) => hands.config.give_up_timeout,
+            None => hands.config.doubt_timeout,
+        };
         match (hands.runs_at(peer, migration, patience).await, keep) {
             (Ok(true), _) | (Err(_), Some(Keep::Destination)) => return Ok(true),
             (Ok(false), Some(Keep::Destination)) => return Err(Error::NotThere(peer.clone())),

@@ -23,11 +23,6 @@ use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions, rem
 use crate::tunnel::HopId;
 use crate::{Config, Error, Result};
 
-/// How long the destination is asked to give up its copy before the migration is called in doubt. A
-/// restarted agent answers within seconds.
-pub(super) const ASKED_FOR: Duration = Duration::from_secs(60);
-/// How long it is asked where its answer does not decide.
-pub(super) const ASKED_ONCE_MORE: Duration = Duration::from_secs(5);
 /// How long to wait before asking again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -130,16 +125,16 @@ impl Hands {
     /// CRIU leaves frozen what it found frozen (`freezer_restore_state` in `criu/seize.c`): what is
     /// thawed during a dump would be frozen again at its end, with nobody there to thaw it.
     async fn checkpoint_ended(&self, container: &ContainerId) {
-        const LONGEST: Duration = Duration::from_secs(600);
         const LOOK_AGAIN: Duration = Duration::from_millis(20);
+        let longest = self.config.checkpoint_timeout;
         let began = Instant::now();
         // Podman locks a container while it works on it, and whoever looks waits.
         while self.unsure
             && let Err(podman::Error::Timeout { .. }) =
                 self.podman.inspect(container.as_str()).await
-            && began.elapsed() < LONGEST
+            && began.elapsed() < longest
         {}
-        while remains::checkpoint_under_way(container) && began.elapsed() < LONGEST {
+        while remains::checkpoint_under_way(container) && began.elapsed() < longest {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
@@ -151,11 +146,11 @@ impl Hands {
     /// "undone" would run beside its source. What can be seen is the file that Podman keeps the archive
     /// in until it has answered.
     async fn restores_ended(&self, since: SystemTime) {
-        /// A file that stays for longer was left by a Podman that died.
-        const LONGEST: Duration = Duration::from_secs(45);
         const LOOK_AGAIN: Duration = Duration::from_millis(50);
+        // A file that stays for longer was left by a Podman that died.
+        let longest = self.config.unwanted_restore_timeout;
         let began = Instant::now();
-        while remains::restore_under_way(since) && began.elapsed() < LONGEST {
+        while remains::restore_under_way(since) && began.elapsed() < longest {
             // Where Podman is started by whoever asks: then the file is seen to be older than it.
             let _ = self.podman.host().await;
             tokio::time::sleep(LOOK_AGAIN).await;
@@ -256,8 +251,8 @@ impl Hands {
         let began = Instant::now();
         // Whoever was only asked to prepare tidies up by itself when it hears nothing more.
         let patience = match asked {
-            Asked::Restore if !self.kept_here => ASKED_FOR,
-            _ => ASKED_ONCE_MORE,
+            Asked::Restore if !self.kept_here => self.config.doubt_timeout,
+            _ => self.config.give_up_timeout,
         };
         loop {
             let path = format!("/v1/migrations/{migration}");
@@ -326,7 +321,7 @@ impl Hands {
             tracing::warn!(%container, %error, "the copy may be heard when it ends");
         }
         self.podman.remove(container, options).await?;
-        if remains::runs(container) {
+        if remains::are_there(container) {
             remains::end(container, &self.runtime().await?).await;
         }
         fence.remove().await?;

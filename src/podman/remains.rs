@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::ContainerId;
@@ -87,7 +88,12 @@ pub(crate) async fn end(id: &ContainerId, runtime: &Path) {
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }
-    // Its cgroup, and what the runtime knows of it, which would be in the way of the next attempt.
+    for mount in mounts(id) {
+        if let Err(error) = unmount(&mount, UnmountFlags::DETACH) {
+            tracing::warn!(path = %mount.display(), %error, "it could not be unmounted");
+        }
+    }
+    // What the runtime knows of it, which would be in the way of the next attempt.
     let deleted = tokio::process::Command::new(runtime)
         .args(["delete", "--force", id.as_str()])
         .stdin(Stdio::null())
@@ -99,6 +105,75 @@ pub(crate) async fn end(id: &ContainerId, runtime: &Path) {
         Ok(Ok(status)) if status.success() => {}
         other => tracing::warn!(container = %id, ?other, "the runtime could not delete it"),
     }
+    for cgroup in cgroups(id) {
+        if let Err(error) = remove_tree(&cgroup) {
+            tracing::warn!(path = %cgroup.display(), %error, "it could not be removed");
+        }
+    }
+}
+
+/// Whether anything of a container that was removed is still there: processes, or what a runtime that was
+/// killed has left of it.
+pub(crate) fn are_there(id: &ContainerId) -> bool {
+    runs(id) || !mounts(id).is_empty() || !cgroups(id).is_empty()
+}
+
+/// What is mounted below a directory that has a container's name, the innermost first.
+fn mounts(id: &ContainerId) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = mounted()
+        .map(|(path, _)| path)
+        .filter(|path| path.iter().any(|part| part == id.as_str()))
+        .collect();
+    found.reverse();
+    found
+}
+
+/// The cgroups that have a container's name, in every hierarchy.
+fn cgroups(id: &ContainerId) -> Vec<PathBuf> {
+    /// Podman's lie three below the root, or somewhat deeper below a slice of the operator's.
+    const DEEPEST: usize = 8;
+    let hierarchies = mounted().filter(|(_, kind)| kind == "cgroup" || kind == "cgroup2");
+    let mut waiting: Vec<(PathBuf, usize)> = hierarchies.map(|(path, _)| (path, 0)).collect();
+    let mut found = Vec::new();
+    while let Some((directory, depth)) = waiting.pop() {
+        let entries = std::fs::read_dir(&directory)
+            .into_iter()
+            .flatten()
+            .flatten();
+        for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            if entry.file_name().to_string_lossy().contains(id.as_str()) {
+                found.push(entry.path());
+            } else if depth < DEEPEST {
+                waiting.push((entry.path(), depth + 1));
+            }
+        }
+    }
+    found
+}
+
+/// Removes a cgroup and those below it. Their files cannot be removed, and go with them.
+fn remove_tree(cgroup: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(cgroup)?.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    std::fs::remove_dir(cgroup)
+}
+
+/// Where something is mounted, and of which kind, in the order in which it was (proc_pid_mountinfo(5)).
+fn mounted() -> impl Iterator<Item = (PathBuf, String)> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let lines: Vec<_> = text
+        .lines()
+        .filter_map(|line| {
+            let (left, right) = line.split_once(" - ")?;
+            // Blanks in it are written as numbers; no directory that is looked for here has any.
+            let path = left.split(' ').nth(4)?;
+            Some((PathBuf::from(path), right.split(' ').next()?.to_owned()))
+        })
+        .collect();
+    lines.into_iter()
 }
 
 /// A process, as far as it matters here.

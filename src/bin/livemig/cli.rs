@@ -137,6 +137,11 @@ pub enum Command {
         /// Without this, none that have any bind mount. Repeat it for each directory
         #[arg(long, value_name = "DIR")]
         allow_bind: Vec<PathBuf>,
+
+        /// How many migrations may be coming here at one time
+        #[arg(long, value_name = "N", default_value_t = 16,
+              value_parser = clap::value_parser!(u16).range(1..))]
+        incoming: u16,
     },
 
     /// Print a token with which one other host can join this one

@@ -30,12 +30,17 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             listen,
             allow,
             allow_bind,
+            incoming,
         } => {
-            let arrivals = Policy {
-                allowed: allow.into_iter().collect(),
-                binds: allow_bind,
+            let config = Config {
+                arrivals: Policy {
+                    allowed: allow.into_iter().collect(),
+                    binds: allow_bind,
+                },
+                incoming: incoming.into(),
+                ..config
             };
-            agent(Config { arrivals, ..config }, listen).await
+            agent(config, listen).await
         }
         Command::Invite { address, valid } => invite(&config, address, valid, json),
         Command::Join {
