@@ -947,10 +947,18 @@ fn normal(section: &str, line: &str) -> Option<String> {
             let words: Vec<&str> = words.collect();
             Some(format!("{} {}", words.first()?, words.get(4)?))
         }
-        "mounts" | "cgroups" | "files" => Some(match line.split_once("/netns/netns-") {
-            Some((before, _)) => format!("{before}/netns/netns-*"),
-            None => line.to_owned(),
-        }),
+        "mounts" | "cgroups" | "files" => Some(
+            match (
+                line.split_once("/netns/netns-"),
+                line.split_once("/storage/overlay/"),
+            ) {
+                (Some((before, _)), _) => format!("{before}/netns/netns-*"),
+                (_, Some((before, layer))) if layer.ends_with("/merged") => {
+                    format!("{before}/storage/overlay/*/merged")
+                }
+                _ => line.to_owned(),
+            },
+        ),
         _ => Some(line.to_owned()),
     }
 }
