@@ -93,6 +93,8 @@ struct Session {
     intake: Option<Intake>,
     /// Podman was asked to restore the container and has not answered.
     unsure: bool,
+    /// What was answered when the container ran.
+    running: Option<Running>,
 }
 
 impl Sessions {
@@ -389,11 +391,20 @@ impl Sessions {
             }
             (&Method::GET, ["v1", "migrations", id]) => {
                 let id = number(id)?;
-                let stage = match self.find(&caller, id.as_str()) {
-                    Ok((_, session)) => Ok(session.lock().await.stage),
-                    Err(_) => self.stage_left_behind(&id).await,
+                let status = match self.find(&caller, id.as_str()) {
+                    Ok((_, session)) => {
+                        let session = session.lock().await;
+                        Ok(Status {
+                            stage: session.stage,
+                            running: session.running.clone(),
+                        })
+                    }
+                    Err(_) => self.stage_left_behind(&id).await.map(|stage| Status {
+                        stage,
+                        running: None,
+                    }),
                 };
-                said(stage.map(|stage| Status { stage }))
+                said(status)
             }
             _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
@@ -447,6 +458,7 @@ impl Sessions {
             namespace: None,
             intake: None,
             unsure: false,
+            running: None,
         }));
         let mut session = state.clone().lock_owned().await;
         self.sessions().insert(
@@ -637,6 +649,7 @@ impl Sessions {
         match restored {
             Ok(running) => {
                 session.stage = Stage::Running;
+                session.running = Some(running.clone());
                 session.heard_of = Instant::now();
                 tracing::info!(migration = %id, container = %session.offer.container.id, "the container runs");
                 Ok(running)

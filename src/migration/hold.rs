@@ -134,7 +134,7 @@ async fn still_ready(migration: &mut Migration<'_>) -> Result<()> {
         .connection
         .call(Method::GET, &path, &Nothing {})
         .await;
-    let Status { stage } = answer.map_err(Error::of_host(&migration.request.to))?;
+    let Status { stage, .. } = answer.map_err(Error::of_host(&migration.request.to))?;
     if stage == Stage::Prepared {
         Ok(())
     } else {

@@ -165,15 +165,20 @@ impl Hands {
         patience: Duration,
     ) -> Result<bool> {
         let began = Instant::now();
-        let path = format!("/v1/migrations/{migration}");
         loop {
-            match ask::<Status>(&self.config, peer, Method::GET, &path).await {
-                Ok(Status { stage }) => return Ok(stage == Stage::Running),
+            match self.status_at(peer, migration).await {
+                Ok(Status { stage, .. }) => return Ok(stage == Stage::Running),
                 Err(error) if began.elapsed() >= patience => return Err(error),
                 Err(error) => tracing::debug!(%error, peer, "no answer yet; asking again"),
             }
             tokio::time::sleep(ASK_AGAIN).await;
         }
+    }
+
+    /// Asks somebody once where a migration stands.
+    pub async fn status_at(&self, peer: &str, migration: &MigrationId) -> Result<Status> {
+        let path = format!("/v1/migrations/{migration}");
+        ask(&self.config, peer, Method::GET, &path).await
     }
 
     /// Tells the destination that the container is its own.

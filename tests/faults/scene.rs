@@ -43,6 +43,10 @@ pub const TCP_AND_UDP: Furniture = Furniture {
 /// How long what passes may take to pass: processes that end, Podman's own clean-up.
 const SETTLES: Duration = Duration::from_secs(15);
 
+/// How long the client waits for its last answer, in milliseconds: after a long silence TCP tries again
+/// after up to 120 s (`TCP_RTO_MAX` in the kernel's `include/net/tcp.h`).
+pub const GRACE_MS: &str = "130000";
+
 /// Small enough to be filled, large enough for what Podman does here.
 const STORAGE: &str = "200m";
 
@@ -124,10 +128,12 @@ impl Scene {
         for number in [1, 2] {
             let host = pair.host(number);
             // These stay, whatever is tried.
-            host.sh("mkdir -p /run/livemig/hops /run/livemig/staging \
+            host.sh(
+                "mkdir -p /run/livemig/hops /run/livemig/staging /run/livemig/runtime \
                      /var/lib/livemig/journal/outgoing /var/lib/livemig/journal/incoming;
-                 touch /run/livemig/hops/interfaces.lock /run/livemig/hops/records.lock")
-                .await;
+                 touch /run/livemig/hops/interfaces.lock /run/livemig/hops/records.lock",
+            )
+            .await;
             gate::install(host).await;
             settle_podman(&pair, number, furniture).await;
         }
@@ -169,7 +175,7 @@ impl Scene {
                 "--every-ms",
                 "5",
                 "--grace-ms",
-                "30000",
+                GRACE_MS,
             ])
             .await;
         let what = Move {

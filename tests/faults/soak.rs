@@ -109,7 +109,7 @@ pub async fn soak() -> ExitCode {
             "--every-ms",
             "5",
             "--grace-ms",
-            "30000",
+            scene::GRACE_MS,
         ])
         .await;
     let udp = client.spawn_command(&[
