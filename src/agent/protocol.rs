@@ -357,6 +357,10 @@ pub enum Stage {
 pub struct Status {
     /// Where it stands.
     pub stage: Stage,
+    /// What was answered to the request to restore, if the container runs. That answer may be lost, or
+    /// come late.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub running: Option<Running>,
 }
 
 /// The destination has nothing of the migration any more.

@@ -45,8 +45,6 @@ use crate::{Class, Config, Error};
 
 /// The largest container that is taken, in bytes: more memory than a host has.
 const CONTAINER: u64 = 16 << 40;
-/// How long a prepared migration may hear nothing from its source before it is undone.
-const FORSAKEN: Duration = Duration::from_secs(120);
 /// How often the forsaken are looked for.
 const LOOK_ROUND: Duration = Duration::from_secs(10);
 
@@ -95,6 +93,8 @@ struct Session {
     intake: Option<Intake>,
     /// Podman was asked to restore the container and has not answered.
     unsure: bool,
+    /// What was answered when the container ran.
+    running: Option<Running>,
 }
 
 impl Sessions {
@@ -226,7 +226,9 @@ impl Sessions {
                 let Ok(mut session) = session.state.try_lock() else {
                     continue;
                 };
-                if session.stage == Stage::Prepared && session.heard_of.elapsed() >= FORSAKEN {
+                if session.stage == Stage::Prepared
+                    && session.heard_of.elapsed() >= self.config.forsaken_timeout
+                {
                     tracing::warn!(migration = %id, "its source has gone silent: undoing it");
                     if let Err(error) = self.undo(&id, &mut session).await {
                         tracing::error!(migration = %id, %error, "it could not be undone");
@@ -396,11 +398,20 @@ impl Sessions {
             }
             (&Method::GET, ["v1", "migrations", id]) => {
                 let id = number(id)?;
-                let stage = match self.find(&caller, id.as_str()) {
-                    Ok((_, session)) => Ok(session.lock().await.stage),
-                    Err(_) => self.stage_left_behind(&id).await,
+                let status = match self.find(&caller, id.as_str()) {
+                    Ok((_, session)) => {
+                        let session = session.lock().await;
+                        Ok(Status {
+                            stage: session.stage,
+                            running: session.running.clone(),
+                        })
+                    }
+                    Err(_) => self.stage_left_behind(&id).await.map(|stage| Status {
+                        stage,
+                        running: None,
+                    }),
                 };
-                said(stage.map(|stage| Status { stage }))
+                said(status)
             }
             _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
@@ -435,6 +446,7 @@ impl Sessions {
             post_copy,
             forward,
         } = prepare;
+        self.room_for_one_more()?;
         // From here on whoever wants it undone waits for this to end: a source that has crashed and
         // asks for that must not be told that there is nothing, and then there is.
         let journal = Journal::create(&self.config.incoming_dir(), &id)?;
@@ -453,6 +465,7 @@ impl Sessions {
             namespace: None,
             intake: None,
             unsure: false,
+            running: None,
         }));
         let mut session = state.clone().lock_owned().await;
         self.sessions().insert(
@@ -472,6 +485,15 @@ impl Sessions {
             }
         }
         prepared
+    }
+
+    /// Each has a share of this host's memory and disk, and of its packets that may wait.
+    fn room_for_one_more(&self) -> Result<(), Error> {
+        let limit = self.config.incoming;
+        if self.sessions().len() >= limit {
+            return Err(Error::TooManyIncoming { limit });
+        }
+        Ok(())
     }
 
     async fn make_ready(
@@ -634,6 +656,7 @@ impl Sessions {
         match restored {
             Ok(running) => {
                 session.stage = Stage::Running;
+                session.running = Some(running.clone());
                 session.heard_of = Instant::now();
                 tracing::info!(migration = %id, container = %session.offer.container.id, "the container runs");
                 Ok(running)
@@ -969,7 +992,7 @@ impl Sessions {
         leftovers: &[String],
     ) -> Result<(), Error> {
         for container in journal.effects().iter().filter_map(Effect::restored) {
-            if self.podman.exists(container.as_str()).await? {
+            if self.podman.exists(container.as_str()).await? || podman::remains::runs(container) {
                 return Err(Error::StillThere {
                     container: container.clone(),
                     reasons: leftovers.join("; "),

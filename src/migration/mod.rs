@@ -76,7 +76,7 @@ pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};
 pub(crate) use preflight::{connect, find, podman};
 pub(crate) use prepare::mtu;
-pub use recover::{Recovered, recover};
+pub use recover::{Keep, Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
 pub use request::{MAX_DOWNTIME, MOST_ROUNDS, Request, WhenFull, WhenOver};
 pub use revoke::{Hopless, Revoked, revoke};
