@@ -70,7 +70,7 @@ pub(crate) use hop::{
 pub(crate) use journal::number_of;
 pub use journal::{Journal, JournalError, left_behind};
 pub use memory::Round;
-pub(crate) use memory::directories as round_directories;
+pub(crate) use memory::{directories as round_directories, parent as parent_round};
 pub use path::Path;
 pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};

@@ -23,7 +23,7 @@ pub(super) async fn prepare(migration: &mut Migration<'_>) -> Result<()> {
     }
     match migration.preflight.engine {
         Engine::Rest => Ok(()),
-        Engine::Direct => shell::send(migration).await,
+        Engine::Direct => shell::take(migration).await,
     }
 }
 
