@@ -140,7 +140,7 @@ async fn main() -> ExitCode {
 
 /// One run, on fresh hosts. None if this livemig cannot be told not to shorten paths.
 async fn measure(protocol: Protocol, shortened: bool, seconds: u64) -> Option<Run> {
-    let pair = Pair::of(Lab::builder(3).iperf3()).await;
+    let pair = Pair::of(Lab::builder(3).with("iperf3")).await;
     let (h1, c1) = (pair.host(1), pair.client(1));
     let mut options: &[&str] = &[];
     if !shortened {
@@ -243,7 +243,7 @@ async fn finish(client: &mut Process, deadline: Instant) -> String {
 
 /// One hop of WireGuard without anything of ours around it.
 async fn raw(protocol: Protocol, seconds: u64) -> f64 {
-    let lab = Lab::builder(2).iperf3().up().await;
+    let lab = Lab::builder(2).with("iperf3").up().await;
     let (h1, h2, c1) = (lab.host(1), lab.host(2), lab.client(1));
     let mut devices = Vec::new();
     let mut keys = Vec::new();
