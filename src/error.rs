@@ -299,7 +299,9 @@ impl Error {
                 source: agent::Error::Refused { code, .. },
                 ..
             } => code,
-            Error::Bundle(bundle::Error::Forbidden { .. }) => "not-as-offered",
+            Error::Bundle(bundle::Error::Forbidden { .. } | bundle::Error::Entry { .. }) => {
+                "not-as-offered"
+            }
             Error::Dump { .. } => "dump",
             Error::Restore { .. } => "restore",
             _ => "failed",

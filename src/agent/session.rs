@@ -4,7 +4,8 @@
 //! journal of its own; requests for one migration run one after the other, those for different
 //! migrations side by side.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -80,6 +81,8 @@ struct Session {
     hold: Option<Hold>,
     /// The container without its processes, with the direct engine.
     shell: Option<Shell>,
+    /// Where the container's volumes are here, by name.
+    volumes: BTreeMap<String, PathBuf>,
     /// The network namespace of the container that runs.
     namespace: Option<Namespace>,
     /// Where datagrams wait for the container, until the source has let go of all of them.
@@ -317,6 +320,13 @@ impl Sessions {
                 session.heard_of = Instant::now();
                 said(made)
             }
+            (&Method::PUT, ["v1", "migrations", id, "files"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let taken = self.take_files(&session, body).await;
+                session.heard_of = Instant::now();
+                said(taken)
+            }
             (&Method::POST, ["v1", "migrations", id, "hold"]) => {
                 let (_, session) = self.find(&caller, id)?;
                 said(self.hold(&mut *session.lock().await).await)
@@ -402,6 +412,7 @@ impl Sessions {
             away: None,
             hold: None,
             shell: None,
+            volumes: BTreeMap::new(),
             namespace: None,
             intake: None,
             unsure: false,
@@ -655,7 +666,10 @@ impl Sessions {
         }
         let ended = match &mut session.shell {
             Some(shell) => {
-                shell.receive(archive).await?;
+                let changes = shell.take_images(archive).await?;
+                let volumes = session.volumes.clone();
+                let limits = self.config.arrivals.limits();
+                shell.bring_in(changes, volumes, limits).await?;
                 let ended = Instant::now();
                 // Both run to their ends: what one of them has made is undone only when it is there.
                 let (restored, intake) = futures::join!(shell.restore(), start(intake));
@@ -758,6 +772,17 @@ impl Sessions {
         Ok((archive.boxed(), verdict))
     }
 
+    /// Brings files into the container that waits for its processes.
+    async fn take_files(&self, session: &Session, body: Body) -> Result<Nothing, Error> {
+        let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
+        let (changes, _) = bundle::receive(body, Compression::None, CONTAINER);
+        let limits = self.config.arrivals.limits();
+        shell
+            .bring_in(changes, session.volumes.clone(), limits)
+            .await?;
+        Ok(Nothing {})
+    }
+
     /// Has Podman make the container, all but its processes.
     async fn make_shell(
         &self,
@@ -786,6 +811,11 @@ impl Sessions {
         match (made, verdict.reason()) {
             (Ok(shell), _) => {
                 session.shell = Some(shell);
+                for name in container.volumes() {
+                    let volume = self.podman.volume(name).await?;
+                    let volume = volume.ok_or(Error::OutOfOrder("volume"))?;
+                    session.volumes.insert(name.to_owned(), volume.mount_point);
+                }
                 Ok(Nothing {})
             }
             // Podman has not had all of it, and so has made nothing of it.

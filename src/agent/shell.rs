@@ -3,19 +3,20 @@
 //! Podman has been asked to restore it, and its runtime, which is livemig, waits ([`runtime`]). What comes
 //! in the end are CRIU's images, with which the real runtime is run.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
 use futures::{Stream, TryStreamExt};
-use tokio::io::AsyncReadExt;
 use tokio::task::JoinHandle;
-use tokio_util::io::StreamReader;
+use tokio_util::io::{ReaderStream, StreamReader};
 
-use crate::bundle;
+use crate::bundle::{self, TreeId};
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::dump::CriuOptions;
-use crate::runtime::{Arrived, Outcome, Rendezvous};
+use crate::runtime::{Arrived, Invocation, Outcome, Rendezvous};
 use crate::{Error, runtime};
 
 /// How long Podman may take to notice that its runtime has failed, and to say so.
@@ -28,6 +29,7 @@ pub(super) struct Shell {
     runtime: Option<Arrived>,
     /// Podman's own account of the restore.
     restoring: JoinHandle<podman::Result<Restored>>,
+    trees: Trees,
     images: PathBuf,
     work: PathBuf,
 }
@@ -51,18 +53,24 @@ impl Shell {
         let mut restoring = tokio::spawn(async move {
             let options = RestoreOptions {
                 tcp_established: true,
+                // Podman makes them, and livemig fills them.
+                ignore_volumes: true,
                 ..RestoreOptions::default()
             };
             podman.restore(archive, &options).await
         });
         let (images, work) = staging;
         tokio::select! {
-            arrived = rendezvous.arrival(within) => Ok(Shell {
-                runtime: Some(arrived?),
-                restoring,
-                images,
-                work,
-            }),
+            arrived = rendezvous.arrival(within) => {
+                let runtime = arrived?;
+                Ok(Shell {
+                    trees: Trees::of(runtime.invocation())?,
+                    runtime: Some(runtime),
+                    restoring,
+                    images,
+                    work,
+                })
+            }
             ended = &mut restoring => Err(match joined(ended) {
                 Err(error) => error.into(),
                 // It did not ask livemig, and has restored a container without processes.
@@ -71,25 +79,42 @@ impl Shell {
         }
     }
 
-    /// Takes the images, and makes sure that they are as they were sent.
+    /// Brings what has changed in the container's files into those that are here.
     ///
     /// # Errors
-    /// Those of the stream, and of files that cannot be written.
-    pub async fn receive<S>(&self, content: S) -> Result<(), Error>
+    /// Those of the stream, which ends only if it is as it was sent; [`bundle::Error::Entry`] for what
+    /// may not be.
+    pub async fn bring_in<S>(
+        &self,
+        changes: S,
+        volumes: BTreeMap<String, PathBuf>,
+        limits: bundle::Limits,
+    ) -> Result<(), Error>
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send,
     {
-        let reader = StreamReader::new(content.map_err(std::io::Error::other));
-        let mut reader = std::pin::pin!(reader);
-        bundle::write_images(&mut reader, &self.images).await?;
-        // Whether the digest is right is known at the end of the stream, and not before.
-        let mut rest = Vec::new();
-        let more = reader.take(1).read_to_end(&mut rest).await;
-        more.map_err(bundle::Error::from_reader)?;
-        if !rest.is_empty() {
-            return Err(bundle::Error::Images("something follows them".to_owned()).into());
-        }
+        let trees = self.trees.clone();
+        let place = move |tree: &TreeId| match tree {
+            TreeId::Rootfs => Some(trees.rootfs.clone()),
+            TreeId::Shm => Some(trees.shm.clone()),
+            TreeId::Volume(name) => volumes.get(name).cloned(),
+        };
+        bundle::apply(changes, place, limits).await?;
         Ok(())
+    }
+
+    /// Takes CRIU's images. Returns what follows them.
+    ///
+    /// # Errors
+    /// Those of the stream, and of files that cannot be written.
+    pub async fn take_images(
+        &self,
+        content: BoxStream<'static, bundle::Result<Bytes>>,
+    ) -> Result<impl Stream<Item = bundle::Result<Bytes>> + Send + use<>, Error> {
+        let mut reader = StreamReader::new(content.map_err(std::io::Error::other));
+        bundle::write_images(&mut reader, &self.images).await?;
+        let rest = ReaderStream::new(reader);
+        Ok(rest.map_err(bundle::Error::from_reader))
     }
 
     /// Has the runtime bring the processes back. Returns the first one's number.
@@ -147,6 +172,43 @@ impl Shell {
         {
             tracing::warn!("Podman still waits for its runtime");
         }
+    }
+}
+
+/// Where a container's files are, of which Podman says nothing while it works on the container.
+#[derive(Debug, Clone)]
+struct Trees {
+    rootfs: PathBuf,
+    shm: PathBuf,
+}
+
+impl Trees {
+    /// Those of the container that the runtime was called for: its bundle's configuration is the runtime's
+    /// own source (`config.md` of the OCI runtime specification), and beside it is what Podman mounts at
+    /// `/dev/shm` (`ShmDir` in Podman's `libpod/container_config.go`).
+    fn of(call: &Invocation) -> Result<Trees, Error> {
+        #[derive(serde::Deserialize)]
+        struct Configuration {
+            root: Root,
+        }
+        #[derive(serde::Deserialize)]
+        struct Root {
+            path: PathBuf,
+        }
+        let unclear = |what: String| Error::from(runtime::Error::Call(what));
+        let bundle = call
+            .option("--bundle")
+            .ok_or_else(|| unclear("it names no --bundle".to_owned()))?;
+        let bundle = PathBuf::from(bundle);
+        let path = bundle.join("config.json");
+        let text = std::fs::read(&path).map_err(Error::file("read", &path))?;
+        let configuration: Configuration =
+            serde_json::from_slice(&text).map_err(|error| unclear(error.to_string()))?;
+        Ok(Trees {
+            // An absolute one stays as it is.
+            rootfs: bundle.join(configuration.root.path),
+            shm: bundle.join("shm"),
+        })
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! It is written here rather than through a library because what is needed is at the edges: PAX
 //! records of names and extended attributes that are any bytes at all, sparse files in the one
-//! form that Podman's reader takes for a regular file, and a reader that sees headers go by in a
-//! stream without owning it.
+//! form that Podman's reader takes for a regular file, and a reader ([`walker`](super::walker)) that
+//! sees headers go by in a stream without owning it.
 //!
 //! Sources: POSIX.1-2017 `pax` (ustar and extended headers), the GNU tar manual's "Storing Sparse
 //! Files" (PAX format 1.0), and Go's `archive/tar`, which is what Podman reads with.
@@ -21,7 +21,7 @@ const MAX_OCTAL_11: u64 = 0o777_7777_7777;
 /// The largest number that seven octal digits hold: the fields for users, groups and devices.
 const MAX_OCTAL_7: u64 = 0o777_7777;
 /// The room for a name in a header.
-const NAME_FIELD: usize = 100;
+pub(super) const NAME_FIELD: usize = 100;
 
 /// How many bytes of padding follow content of this length.
 pub(super) fn padding(length: u64) -> usize {
@@ -57,6 +57,34 @@ impl Moment {
         let text = format!("{sign}{seconds}.{nanoseconds:09}");
         text.trim_end_matches('0').to_owned()
     }
+
+    /// What a PAX record says; `None` if it is no moment.
+    pub fn parse(text: &[u8]) -> Option<Moment> {
+        let text = std::str::from_utf8(text).ok()?;
+        let (sign, text) = match text.strip_prefix('-') {
+            Some(text) => (-1, text),
+            None => (1, text),
+        };
+        let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+        let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+        if seconds.is_empty() || !digits(seconds) || !digits(fraction) || fraction.len() > 9 {
+            return None;
+        }
+        let seconds: i64 = seconds.parse().ok()?;
+        let nanoseconds: u32 = format!("{fraction:0<9}").parse().ok()?;
+        let seconds = seconds * sign;
+        Some(if sign < 0 && nanoseconds > 0 {
+            Moment {
+                seconds: seconds - 1,
+                nanoseconds: 1_000_000_000 - nanoseconds,
+            }
+        } else {
+            Moment {
+                seconds,
+                nanoseconds,
+            }
+        })
+    }
 }
 
 /// What sort of thing an entry is: the type flag of its header.
@@ -69,6 +97,8 @@ pub(super) enum Type {
     Block,
     Directory,
     Fifo,
+    /// Nothing is to be at that path. livemig's own: POSIX leaves capital letters to everybody.
+    Removal,
 }
 
 impl Type {
@@ -81,7 +111,24 @@ impl Type {
             Type::Block => b'4',
             Type::Directory => b'5',
             Type::Fifo => b'6',
+            Type::Removal => b'W',
         }
+    }
+
+    /// `None` if it is none of those that livemig writes.
+    pub fn of(flag: u8) -> Option<Type> {
+        [
+            Type::Regular,
+            Type::HardLink,
+            Type::Symlink,
+            Type::Character,
+            Type::Block,
+            Type::Directory,
+            Type::Fifo,
+            Type::Removal,
+        ]
+        .into_iter()
+        .find(|kind| kind.flag() == flag)
     }
 }
 
@@ -228,7 +275,7 @@ fn sparse_map(extents: &[Extent]) -> Vec<u8> {
 }
 
 /// One PAX record: its own length in decimal, a blank, key, `=`, value, newline.
-fn record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
+pub(super) fn record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     let rest = 1 + key.len() + 1 + value.len() + 1;
     // The length counts its own digits, so one more digit can make it one digit longer.
     let mut length = rest + 1;
@@ -243,18 +290,18 @@ fn record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     records.push(b'\n');
 }
 
-const OFFSET_MODE: usize = 100;
-const OFFSET_UID: usize = 108;
-const OFFSET_GID: usize = 116;
-const OFFSET_SIZE: usize = 124;
-const OFFSET_MTIME: usize = 136;
-const OFFSET_SUM: usize = 148;
-const OFFSET_TYPE: usize = 156;
-const OFFSET_LINK: usize = 157;
-const OFFSET_MAGIC: usize = 257;
-const OFFSET_MAJOR: usize = 329;
-const OFFSET_MINOR: usize = 337;
-const OFFSET_PREFIX: usize = 345;
+pub(super) const OFFSET_MODE: usize = 100;
+pub(super) const OFFSET_UID: usize = 108;
+pub(super) const OFFSET_GID: usize = 116;
+pub(super) const OFFSET_SIZE: usize = 124;
+pub(super) const OFFSET_MTIME: usize = 136;
+pub(super) const OFFSET_SUM: usize = 148;
+pub(super) const OFFSET_TYPE: usize = 156;
+pub(super) const OFFSET_LINK: usize = 157;
+pub(super) const OFFSET_MAGIC: usize = 257;
+pub(super) const OFFSET_MAJOR: usize = 329;
+pub(super) const OFFSET_MINOR: usize = 337;
+pub(super) const OFFSET_PREFIX: usize = 345;
 
 /// A header block in the making.
 struct Header([u8; BLOCK]);
@@ -299,7 +346,7 @@ impl Header {
 }
 
 /// The sum of a header's bytes, the field for the sum itself counted as blanks.
-fn checksum(block: &[u8; BLOCK]) -> u64 {
+pub(super) fn checksum(block: &[u8; BLOCK]) -> u64 {
     block
         .iter()
         .enumerate()
@@ -311,308 +358,6 @@ fn checksum(block: &[u8; BLOCK]) -> u64 {
             }
         })
         .sum()
-}
-
-/// A header that went by.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Seen {
-    pub name: Vec<u8>,
-    pub flag: u8,
-    /// Bytes of content after it, without the padding.
-    pub size: u64,
-}
-
-/// What a [`Walker`] found at a point of the stream.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Step<'a> {
-    /// An entry begins.
-    Entry(Seen),
-    /// The next piece of the entry's content.
-    Content(&'a [u8]),
-}
-
-/// Follows the headers of an archive that goes by in pieces of any size.
-///
-/// It holds one header or extended header at a time and no content. Once it meets something that
-/// is no tar header it stops looking, for good: whether an archive is sound is for its reader to
-/// say, not for someone who only looks on.
-#[derive(Debug)]
-pub(super) struct Walker {
-    state: State,
-    /// Name and size that extended headers gave the next entry.
-    long_name: Option<Vec<u8>>,
-    long_size: Option<u64>,
-    /// Whether it takes only what all readers take alike.
-    strict: bool,
-    /// Whether the last header was an extended one.
-    extended: bool,
-    /// The block that ends an archive has gone by.
-    ended: bool,
-    /// Why it stopped looking before that.
-    fault: Option<&'static str>,
-}
-
-#[derive(Debug)]
-enum State {
-    /// Collecting a header block.
-    Header(Vec<u8>),
-    /// Collecting an extended header (`x`, or GNU's `L`) of so many bytes and so much padding.
-    Extended {
-        flag: u8,
-        content: Vec<u8>,
-        size: usize,
-        padding: usize,
-    },
-    /// Passing content.
-    Content { left: u64, padding: usize },
-    /// Passing padding, or the content of headers that mean nothing here.
-    Skip { left: u64 },
-    /// At the end, or lost.
-    Done,
-}
-
-impl Default for Walker {
-    fn default() -> Self {
-        Walker {
-            state: State::Header(Vec::new()),
-            long_name: None,
-            long_size: None,
-            strict: false,
-            extended: false,
-            ended: false,
-            fault: None,
-        }
-    }
-}
-
-impl Walker {
-    /// One that takes only headers of which no two readers make different things.
-    pub fn strict() -> Walker {
-        Walker {
-            strict: true,
-            ..Walker::default()
-        }
-    }
-
-    /// Whether the archive has come to its end.
-    pub fn has_ended(&self) -> bool {
-        self.ended
-    }
-
-    /// Why it stopped looking before the end, if it did.
-    pub fn fault(&self) -> Option<&'static str> {
-        self.fault
-    }
-
-    /// Looks at the next piece, telling of entries and content in order.
-    pub fn feed<'a>(&mut self, mut piece: &'a [u8], mut tell: impl FnMut(Step<'a>)) {
-        while !piece.is_empty() {
-            match &mut self.state {
-                State::Done => return,
-                State::Skip { left } => {
-                    let taken = take(&mut piece, *left);
-                    *left -= taken.len() as u64;
-                    if *left == 0 {
-                        self.state = State::Header(Vec::new());
-                    }
-                }
-                State::Content { left, padding } => {
-                    let taken = take(&mut piece, *left);
-                    *left -= taken.len() as u64;
-                    tell(Step::Content(taken));
-                    if *left == 0 {
-                        self.state = after(*padding as u64);
-                    }
-                }
-                State::Extended {
-                    flag,
-                    content,
-                    size,
-                    padding,
-                } => {
-                    let taken = take(&mut piece, (*size - content.len()) as u64);
-                    content.extend_from_slice(taken);
-                    if content.len() == *size {
-                        let (flag, content, padding) = (*flag, std::mem::take(content), *padding);
-                        self.state = after(padding as u64);
-                        self.extended(flag, &content);
-                    }
-                }
-                State::Header(block) => {
-                    let taken = take(&mut piece, (BLOCK - block.len()) as u64);
-                    block.extend_from_slice(taken);
-                    if let Ok(block) = <[u8; BLOCK]>::try_from(&block[..]) {
-                        self.header(&block, &mut tell);
-                    }
-                }
-            }
-        }
-    }
-
-    fn header<'a>(&mut self, block: &[u8; BLOCK], tell: &mut impl FnMut(Step<'a>)) {
-        self.state = State::Done;
-        let sum = octal(&block[OFFSET_SUM..OFFSET_SUM + 8]);
-        if block.iter().all(|byte| *byte == 0) {
-            self.ended = true;
-            return;
-        }
-        self.fault = Some("a header is damaged");
-        if sum != Some(checksum(block)) {
-            return;
-        }
-        let Some(size) = number(&block[OFFSET_SIZE..OFFSET_SIZE + 12]) else {
-            return;
-        };
-        let flag = block[OFFSET_TYPE];
-        // Readers differ in what a long name of GNU's applies to, whether a global header counts,
-        // and which of two extended headers; and in whether there is a prefix before a name.
-        let ambiguous = matches!(flag, b'L' | b'K' | b'g')
-            || (flag == b'x' && self.extended)
-            || (&block[257..263] != b"ustar\0" && block[345] != 0);
-        if self.strict && ambiguous {
-            self.fault = Some("a header is ambiguous");
-            return;
-        }
-        self.extended = flag == b'x';
-        match flag {
-            b'x' | b'L' => {
-                let Ok(size) = usize::try_from(size) else {
-                    return;
-                };
-                if size > MAX_EXTENDED {
-                    return;
-                }
-                self.fault = None;
-                let padding = padding(size as u64);
-                self.state = State::Extended {
-                    flag,
-                    content: Vec::new(),
-                    size,
-                    padding,
-                };
-                if size == 0 {
-                    self.state = State::Header(Vec::new());
-                }
-            }
-            b'g' | b'K' => {
-                self.fault = None;
-                self.state = after(size.saturating_add(padding(size) as u64));
-            }
-            _ => {
-                self.fault = None;
-                let size = self.long_size.take().unwrap_or(size);
-                // Links, devices, directories and pipes have no content, whatever they say.
-                let size = if (b'1'..=b'6').contains(&flag) {
-                    0
-                } else {
-                    size
-                };
-                let name = self.long_name.take().unwrap_or_else(|| name(block));
-                tell(Step::Entry(Seen { name, flag, size }));
-                self.state = if size == 0 {
-                    State::Header(Vec::new())
-                } else {
-                    State::Content {
-                        left: size,
-                        padding: padding(size),
-                    }
-                };
-            }
-        }
-    }
-
-    fn extended(&mut self, flag: u8, content: &[u8]) {
-        if flag == b'L' {
-            self.long_name = Some(until_nul(content).to_vec());
-            return;
-        }
-        let Some(records) = records(content) else {
-            self.state = State::Done;
-            self.fault = Some("an extended header is damaged");
-            return;
-        };
-        for (key, value) in records {
-            if self.strict && key.starts_with(b"GNU.sparse.") {
-                self.state = State::Done;
-                self.fault = Some("an entry is sparse");
-                return;
-            }
-            match key {
-                b"path" | b"GNU.sparse.name" => self.long_name = Some(value.to_vec()),
-                b"size" => {
-                    self.long_size = std::str::from_utf8(value).ok().and_then(|v| v.parse().ok());
-                }
-                _ => {}
-            }
-        }
-    }
-}
-
-/// The records of a PAX header; `None` if it is malformed.
-pub(super) fn records(mut content: &[u8]) -> Option<Vec<(&[u8], &[u8])>> {
-    let mut found = Vec::new();
-    while !content.is_empty() {
-        let blank = content.iter().position(|b| *b == b' ')?;
-        let length: usize = std::str::from_utf8(&content[..blank]).ok()?.parse().ok()?;
-        let record = content.get(blank + 1..length)?;
-        let record = record.strip_suffix(b"\n")?;
-        let equals = record.iter().position(|b| *b == b'=')?;
-        found.push((&record[..equals], &record[equals + 1..]));
-        content = &content[length..];
-    }
-    Some(found)
-}
-
-fn after(padding: u64) -> State {
-    if padding == 0 {
-        State::Header(Vec::new())
-    } else {
-        State::Skip { left: padding }
-    }
-}
-
-fn take<'a>(piece: &mut &'a [u8], most: u64) -> &'a [u8] {
-    let length = usize::try_from(most).map_or(piece.len(), |most| most.min(piece.len()));
-    let (taken, rest) = piece.split_at(length);
-    *piece = rest;
-    taken
-}
-
-fn until_nul(field: &[u8]) -> &[u8] {
-    field.split(|b| *b == 0).next().unwrap_or_default()
-}
-
-fn name(block: &[u8; BLOCK]) -> Vec<u8> {
-    let name = until_nul(&block[..NAME_FIELD]);
-    let prefix = until_nul(&block[OFFSET_PREFIX..OFFSET_PREFIX + 155]);
-    if block[OFFSET_MAGIC..].starts_with(b"ustar\0") && !prefix.is_empty() {
-        [prefix, b"/", name].concat()
-    } else {
-        name.to_vec()
-    }
-}
-
-pub(super) fn octal(field: &[u8]) -> Option<u64> {
-    let text = std::str::from_utf8(until_nul(field))
-        .ok()?
-        .trim_matches(' ');
-    if text.is_empty() {
-        Some(0)
-    } else {
-        u64::from_str_radix(text, 8).ok()
-    }
-}
-
-/// A number in octal, or in GNU's base 256, which sets the first bit.
-fn number(field: &[u8]) -> Option<u64> {
-    match field {
-        [first, rest @ ..] if first & 0x80 != 0 => rest
-            .iter()
-            .try_fold(u64::from(first & 0x7f), |value, byte| {
-                value.checked_mul(256)?.checked_add(u64::from(*byte))
-            }),
-        _ => octal(field),
-    }
 }
 
 #[cfg(test)]
@@ -649,6 +394,31 @@ mod tests {
         // A quarter of a second before 1970 is second -1 plus three quarters.
         assert_eq!(at(-1, 750_000_000), "-0.25");
         assert_eq!(at(-3, 500_000_000), "-2.5");
+        for (seconds, nanoseconds) in [
+            (5, 0),
+            (7, 120_000_000),
+            (-1, 750_000_000),
+            (-3, 1),
+            (-4, 0),
+        ] {
+            let moment = Moment {
+                seconds,
+                nanoseconds,
+            };
+            assert_eq!(Moment::parse(moment.record().as_bytes()), Some(moment));
+        }
+        for wrong in [
+            "",
+            "-",
+            ".5",
+            "1.0000000001",
+            "1.-5",
+            "+1",
+            "1e3",
+            "99999999999999999999",
+        ] {
+            assert_eq!(Moment::parse(wrong.as_bytes()), None, "{wrong}");
+        }
     }
 
     #[test]
@@ -660,16 +430,8 @@ mod tests {
             b"\x01\n\x00=\n",
         );
         record(&mut written, b"path", b"x");
-        let read = records(&written).expect("well-formed");
+        let read = super::super::walker::records(&written).expect("well-formed");
         assert_eq!(read[0].1, b"\x01\n\x00=\n");
         assert_eq!(read[1], (&b"path"[..], &b"x"[..]));
-    }
-
-    #[test]
-    fn a_walker_stops_looking_at_garbage() {
-        let mut walker = Walker::default();
-        let mut told = 0;
-        walker.feed(&[b'z'; 4096], |_| told += 1);
-        assert_eq!(told, 0);
     }
 }

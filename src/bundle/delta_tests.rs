@@ -1,155 +1,19 @@
 //! Every case changes a real overlay, carries the changes over to a second one with the same lower
 //! layers the way Podman's import does it, and compares the two merged trees completely.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
-use std::process::Command;
 
-use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, XattrFlags};
+use rustix::fs::{AtFlags, CWD, FileType, XattrFlags};
 
+use super::super::archive::Extent;
+use super::super::content::{MAX_EXTENTS, fill_small_holes};
+use super::super::entries::clamped;
+use super::super::test_trees::*;
+use super::super::walker::records as pax_records;
 use super::*;
-
-/// Runs in a mount namespace of its own, which takes all mounts with it when the thread ends.
-fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
-    let thread = std::thread::spawn(|| {
-        // SAFETY: a mount namespace changes what paths mean to this thread, nothing about memory;
-        // file descriptors stay shared.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
-            .expect("a mount namespace: these tests need root");
-        shell("mount --make-rprivate /");
-        let directory = tempfile::tempdir().expect("a directory");
-        shell(&format!(
-            "mount -t tmpfs -o mode=755 none {}",
-            directory.path().display()
-        ));
-        test(directory.path());
-        shell(&format!("umount -l {}", directory.path().display()));
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn shell(script: &str) {
-    let status = Command::new("sh")
-        .args(["-ec", script])
-        .status()
-        .expect("sh");
-    assert!(status.success(), "{script}");
-}
-
-/// The overlay's options that containers meet: the kernel's defaults, directories that can be
-/// renamed, and metadata-only copies (`mountopt = "metacopy=on"` in storage.conf).
-const OPTIONS: [&str; 3] = [
-    "redirect_dir=off",
-    "redirect_dir=on",
-    "redirect_dir=on,metacopy=on",
-];
-
-struct Overlay {
-    layers: Layers,
-}
-
-impl Overlay {
-    fn mount(base: &Path, name: &str, options: &str) -> Overlay {
-        let of = |part: &str| base.join(format!("{name}-{part}"));
-        let (upper, work, merged) = (of("upper"), of("work"), of("merged"));
-        let lower = vec![base.join("lower2"), base.join("lower1")];
-        for directory in [&upper, &work, &merged] {
-            fs::create_dir(directory).expect("made");
-        }
-        shell(&format!(
-            "mount -t overlay -o {options},lowerdir={}:{},upperdir={},workdir={} none {}",
-            lower[0].display(),
-            lower[1].display(),
-            upper.display(),
-            work.display(),
-            merged.display()
-        ));
-        Overlay {
-            layers: Layers {
-                upper,
-                merged,
-                lower,
-            },
-        }
-    }
-}
-
-/// The image: two layers, the upper of which already changes the lower.
-fn make_lower(base: &Path) {
-    let (one, two) = (base.join("lower1"), base.join("lower2"));
-    for layer in [&one, &two] {
-        fs::create_dir(layer).expect("made");
-    }
-    for directory in [
-        "etc/conf.d",
-        "usr/bin",
-        "usr/share/doc/pkg",
-        "home/user",
-        "var/log",
-        "run",
-    ] {
-        fs::create_dir_all(one.join(directory)).expect("made");
-    }
-    for file in [
-        "etc/passwd",
-        "etc/conf.d/a",
-        "etc/conf.d/b",
-        "usr/bin/tool",
-        "usr/share/doc/pkg/readme",
-        "usr/share/doc/pkg/licence",
-        "home/user/notes",
-        "var/log/log",
-        "linked",
-    ] {
-        fs::write(one.join(file), format!("{file} of the image\n").repeat(40)).expect("written");
-    }
-    fs::hard_link(one.join("linked"), one.join("linked-too")).expect("linked");
-    symlink("usr/bin", one.join("bin")).expect("linked");
-    symlink("../usr/bin/tool", one.join("etc/tool")).expect("linked");
-    symlink("/usr/share/doc", one.join("doc")).expect("linked");
-    fs::set_permissions(one.join("usr/bin/tool"), fs::Permissions::from_mode(0o4755))
-        .expect("changed");
-    lchown(one.join("home/user"), Some(1000), Some(1000)).expect("changed");
-    set_attribute(&one.join("usr/bin/tool"), "user.from", b"image");
-    // Second layer: a change, an addition, a whiteout.
-    for directory in ["etc", "usr/share/doc/pkg", "opt/app/data"] {
-        fs::create_dir_all(two.join(directory)).expect("made");
-    }
-    fs::write(two.join("etc/passwd"), "second layer\n").expect("written");
-    fs::write(two.join("opt/app/data/file"), "data\n").expect("written");
-    make_node(
-        &two.join("usr/share/doc/pkg/licence"),
-        FileType::CharacterDevice,
-        0,
-        0,
-    );
-}
-
-fn set_attribute(path: &Path, name: &str, value: &[u8]) {
-    rustix::fs::lsetxattr(path, name, value, XattrFlags::empty()).expect("set");
-}
-
-fn make_node(path: &Path, kind: FileType, major: u32, minor: u32) {
-    let device = rustix::fs::makedev(major, minor);
-    rustix::fs::mknodat(CWD, path, kind, Mode::from_raw_mode(0o640), device).expect("made");
-}
-
-fn set_modified(path: &Path, seconds: i64, nanoseconds: i64) {
-    let at = Timespec {
-        tv_sec: seconds,
-        tv_nsec: nanoseconds as _,
-    };
-    let times = Timestamps {
-        last_access: at,
-        last_modification: at,
-    };
-    rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).expect("set");
-}
 
 // The test's own import, after containers/storage's `Unpack` and Podman's `crutils`.
 
@@ -192,7 +56,7 @@ fn import(root: &Path, archive: &[u8], deleted: &[String]) {
         rest = &rest[512 + size.next_multiple_of(512)..];
         if header.as_bytes()[156] == b'x' {
             assert!(content.len() <= 1 << 20, "Go refuses longer ones");
-            let read = archive::records(&content).expect("records");
+            let read = pax_records(&content).expect("records");
             records = read
                 .into_iter()
                 .map(|(k, v)| (k.to_vec(), v.to_vec()))
@@ -351,85 +215,6 @@ fn pax_time(value: &[u8]) -> (i64, i64) {
     }
 }
 
-/// All that there is to know about a file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Facts {
-    mode: u32,
-    owner: (u32, u32),
-    device: u64,
-    content: Vec<u8>,
-    attributes: BTreeMap<Vec<u8>, Vec<u8>>,
-    modified: Option<(i64, i64)>,
-    /// The first name of the same file.
-    link: PathBuf,
-}
-
-/// All files of a tree. `renewed`: directories whose modification time is not compared.
-fn facts(root: &Path, renewed: &BTreeSet<PathBuf>) -> BTreeMap<PathBuf, Facts> {
-    let mut all = BTreeMap::new();
-    let mut links: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
-    let tree = Tree {
-        root: open_root(root).expect("opened"),
-        path: root,
-    };
-    let mut waiting = vec![Vec::new()];
-    while let Some(path) = waiting.pop() {
-        let node = tree.node(&path).expect("read").expect("there");
-        let full = root.join(OsStr::from_bytes(&path));
-        let relative = PathBuf::from(std::ffi::OsString::from_vec(path.clone()));
-        let meta = full.symlink_metadata().expect("there");
-        let mut content = Vec::new();
-        if meta.is_dir() {
-            for name in tree.names(&path).expect("listed").into_iter().rev() {
-                let child = if path.is_empty() {
-                    name
-                } else {
-                    [&path[..], b"/", &name].concat()
-                };
-                waiting.push(child);
-            }
-        } else if meta.is_symlink() {
-            content = fs::read_link(&full)
-                .expect("read")
-                .into_os_string()
-                .into_vec();
-            // Links that climb too far are shortened on purpose.
-            let depth = path.iter().filter(|b| **b == b'/').count();
-            content = clamped(&content, depth).unwrap_or(content);
-        } else if meta.is_file() {
-            content = fs::read(&full).expect("read");
-        }
-        let attributes = node.attribute_names().expect("listed").into_iter();
-        let attributes = attributes
-            .map(|name| {
-                (
-                    name.clone(),
-                    node.attribute(&name).expect("read").expect("there"),
-                )
-            })
-            .collect();
-        let link = if meta.nlink() > 1 && !meta.is_dir() {
-            links
-                .entry((meta.dev(), meta.ino()))
-                .or_insert(relative.clone())
-                .clone()
-        } else {
-            relative.clone()
-        };
-        let facts = Facts {
-            mode: meta.mode(),
-            owner: (meta.uid(), meta.gid()),
-            device: if meta.is_dir() { 0 } else { meta.rdev() },
-            content,
-            attributes,
-            modified: (!renewed.contains(&relative)).then(|| (meta.mtime(), meta.mtime_nsec())),
-            link,
-        };
-        all.insert(relative, facts);
-    }
-    all
-}
-
 fn archive_of(delta: &Delta) -> (Vec<u8>, Summary) {
     let mut archive = Vec::new();
     let summary = delta.write_tar(&mut archive).expect("written");
@@ -443,23 +228,8 @@ fn carry(from: &Overlay, to: &Overlay, told: &str) -> Summary {
     import(&to.layers.merged, &archive, delta.deleted());
     let parent = |path: &String| Path::new(&path[1..]).parent().expect("a parent").to_owned();
     let renewed = delta.deleted().iter().map(parent).collect();
-    let (here, there) = (
-        facts(&from.layers.merged, &renewed),
-        facts(&to.layers.merged, &renewed),
-    );
-    for (path, expected) in &here {
-        let got = there.get(path);
-        assert!(
-            got == Some(expected),
-            "{told}: {path:?}\nis     {got:?}\nnot as {expected:?}"
-        );
-    }
-    let extra: Vec<_> = there
-        .keys()
-        .filter(|path| !here.contains_key(*path))
-        .collect();
-    assert!(extra.is_empty(), "{told}: should not be there: {extra:?}");
-    assert!(here.len() > 5, "the comparison saw the tree");
+    let carried = Carried::ByPodman { renewed: &renewed };
+    assert_same(&from.layers.merged, &to.layers.merged, carried, told);
     summary
 }
 
@@ -772,6 +542,24 @@ fn renamed_directories() {
 }
 
 #[test]
+fn a_link_that_is_shortened_under_one_name_is_not_under_another() {
+    case(|root| {
+        symlink("../usr/bin/tool", root.join("first")).expect("linked");
+        fs::create_dir(root.join("var/second")).expect("made");
+        for name in ["var/second/name", "var/third"] {
+            rustix::fs::linkat(
+                CWD,
+                root.join("first"),
+                CWD,
+                root.join(name),
+                AtFlags::empty(),
+            )
+            .expect("linked");
+        }
+    });
+}
+
+#[test]
 fn links_that_climb_above_the_root_are_shortened() {
     assert_eq!(clamped(b"../x", 1), None);
     assert_eq!(clamped(b"../x", 0), Some(b"x".to_vec()));
@@ -805,13 +593,10 @@ fn paths_do_not_lead_through_symbolic_links() {
     fs::write(base.path().join("outside/secret"), "s").expect("written");
     symlink("../outside", base.path().join("tree/out")).expect("linked");
     let root = base.path().join("tree");
-    let tree = Tree {
-        root: open_root(&root).expect("opened"),
-        path: &root,
-    };
+    let tree = Tree::open(&root).expect("opened");
     assert!(tree.node(b"out").expect("looked").is_some());
     assert!(tree.node(b"out/secret").expect("looked").is_none());
-    assert!(tree.names(b"out").expect("looked").is_empty());
+    assert!(tree.list(b"out").expect("looked").is_empty());
 }
 
 /// GNU tar reads the archive as well: an opinion on the format that is not ours.
@@ -861,104 +646,6 @@ async fn a_delta_file_leaves_nothing_behind() {
     };
     let made = DeltaFile::make(layers, here.path().into()).await;
     assert!(matches!(made, Err(Error::NotOverlay { .. })));
-}
-
-/// Random numbers that a failed run can be repeated with (xorshift64*).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % bound
-    }
-}
-
-fn paths(root: &Path, directories: bool) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut waiting = vec![root.to_owned()];
-    while let Some(directory) = waiting.pop() {
-        for entry in fs::read_dir(&directory).expect("listed") {
-            let path = entry.expect("an entry").path();
-            let is_directory = path.symlink_metadata().expect("there").is_dir();
-            if is_directory {
-                waiting.push(path.clone());
-            }
-            if is_directory == directories {
-                found.push(path);
-            }
-        }
-    }
-    if directories {
-        found.push(root.to_owned());
-    }
-    found.sort();
-    found
-}
-
-/// One of the things that programs do to files. Failures are part of life.
-fn operate(root: &Path, random: &mut Random) {
-    let (files, directories) = (paths(root, false), paths(root, true));
-    if files.is_empty() {
-        return fs::write(root.join("again"), "again").expect("written");
-    }
-    let directory = &directories[random.below(directories.len())];
-    let file = &files[random.below(files.len())];
-    let new = directory.join(format!("n{}", random.below(12)));
-    let other = directories[random.below(directories.len())].join(format!("n{}", random.below(12)));
-    let modes = [0o644, 0o755, 0o4755, 0o2710, 0o600, 0o000];
-    let content = vec![b'a' + random.below(26) as u8; random.below(9000)];
-    let is_plain = |path: &Path| path.symlink_metadata().is_ok_and(|m| m.is_file());
-    match random.below(17) {
-        0 | 1 if !new.exists() || is_plain(&new) => drop(fs::write(&new, content)),
-        2 if is_plain(file) => {
-            let opened = fs::OpenOptions::new().append(true).open(file);
-            drop(opened.map(|mut f| f.write_all(b"appended")));
-        }
-        3 if is_plain(file) => {
-            let mode = fs::Permissions::from_mode(modes[random.below(modes.len())]);
-            drop(fs::set_permissions(file, mode));
-        }
-        4 => drop(fs::set_permissions(
-            directory,
-            fs::Permissions::from_mode(0o755 | 0o2000),
-        )),
-        5 => drop(lchown(file, Some(random.below(3) as u32 * 1000), Some(5))),
-        6 => drop(fs::create_dir(&new)),
-        7 => drop(fs::remove_file(file)),
-        // Seldom, or nothing would be left to operate on.
-        8 if directory != root && random.below(4) == 0 => drop(fs::remove_dir_all(directory)),
-        9 if directory != root && random.below(3) == 0 => {
-            drop(fs::remove_dir_all(directory));
-            drop(fs::create_dir(directory));
-        }
-        10 => drop(fs::rename(file, &new)),
-        11 if directory != root => drop(fs::rename(directory, &other)),
-        12 => {
-            let _ = rustix::fs::linkat(CWD, file, CWD, &new, AtFlags::empty());
-        }
-        13 => drop(symlink(file.strip_prefix(root).expect("inside"), &new)),
-        14 => {
-            let kinds = [(FileType::Fifo, 0, 0), (FileType::CharacterDevice, 1, 5)];
-            let (kind, major, minor) = kinds[random.below(2)];
-            let device = rustix::fs::makedev(major, minor);
-            let _ = rustix::fs::mknodat(CWD, &new, kind, Mode::from_raw_mode(0o600), device);
-        }
-        15 if is_plain(file) => {
-            let name = format!("user.{}", random.below(3));
-            let _ = rustix::fs::lsetxattr(
-                file,
-                name,
-                &content[..content.len().min(40)],
-                XattrFlags::empty(),
-            );
-        }
-        _ => {
-            let name = format!("user.d{}", random.below(3));
-            let _ = rustix::fs::lsetxattr(directory, name, b"v", XattrFlags::empty());
-        }
-    }
 }
 
 #[test]

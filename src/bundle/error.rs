@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::Digest;
+use super::apply::Refusal;
 
 /// Why the container's files or its image stream could not be read, sent or received.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +43,24 @@ pub enum Error {
     Spool {
         /// Where the file was to be.
         directory: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// An entry of an archive of changed files is not what may come from another host.
+    #[error("the entry {name} is refused: {why}")]
+    Entry {
+        /// Its path and tree, or its name as it stands in the archive.
+        name: String,
+        /// What is wrong with it.
+        why: Refusal,
+    },
+    /// A changed file could not be brought into the container's files at this host.
+    #[error("could not {action} {name}")]
+    Apply {
+        /// What was being done, as a verb: "make", "set the owner of".
+        action: &'static str,
+        /// Its path and tree.
+        name: String,
         /// The system's answer.
         source: io::Error,
     },
@@ -135,7 +154,7 @@ impl Error {
                  `podman info --format '{{.Store.GraphDriverName}}'`"
                     .into(),
             ),
-            Error::Forbidden { .. } => Some(
+            Error::Forbidden { .. } | Error::Entry { .. } => Some(
                 "it is not the container that was offered: look at what the source runs, and revoke it \
                  (livemig revoke HOST) unless that can be explained"
                     .into(),
@@ -144,6 +163,9 @@ impl Error {
                 Some("keep the data in a named volume, which travels in another way".into())
             }
             Error::Spool { directory, .. } => Some(format!("make room in {}", directory.display())),
+            Error::Apply { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                Some("make room for the files that the container has changed".into())
+            }
             Error::Write(source) if source.kind() == io::ErrorKind::StorageFull => {
                 Some("make room for the files that the container has changed".into())
             }

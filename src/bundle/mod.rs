@@ -8,20 +8,32 @@
 //! form that Podman's import applies anyway. [`transfer`] takes the whole from host to host, and
 //! makes sure that Podman never acts on bytes that differ from those that were sent.
 
+pub mod apply;
 mod archive;
+pub mod changes;
+mod content;
 pub mod delta;
+mod entries;
 mod error;
 mod header;
 pub mod images;
+mod scan;
 pub mod splice;
+#[cfg(test)]
+mod test_trees;
 pub mod transfer;
+mod tree;
 pub mod vetted;
+mod walker;
 
+pub use apply::{Applied, Limits, Refusal, apply};
+pub use changes::{Changes, Mirror, Round, Source, TreeId};
 pub use delta::{Delta, DeltaFile, Layers, Skipped, Summary};
 pub use error::Error;
 pub use header::{beheaded, headed};
 pub use images::{images, write_images};
-pub use splice::{Captured, spliced, watched};
+pub use scan::Pace;
+pub use splice::{Captured, spliced, watched, without_volumes};
 pub use transfer::{Compression, Digest, Progress, receive, send};
 
 /// What the functions of this module return.

@@ -19,8 +19,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 
-use super::archive::{self, Head, Step, Walker};
+use super::archive::{self, BLOCK, Head};
 use super::transfer::until_error;
+use super::walker::{self, Step, Walker};
 use super::{DeltaFile, Error, Result};
 
 /// The name under which Podman's import looks for an archive of changed files.
@@ -38,6 +39,10 @@ const SHM_WITHIN: usize = 8 << 10;
 
 /// The largest entry that is kept for a look: 64 KiB. CRIU's statistics are about 100 bytes.
 pub const MAX_CAPTURE: usize = 64 << 10;
+
+/// What is in front of the names of volumes in Podman's archive (`CheckpointVolumesDirectory` of
+/// checkpointctl).
+const VOLUMES: &[u8] = b"volumes";
 
 /// The archive of changed files is passed on in pieces of this size: 1 MiB.
 const CHUNK: usize = 1 << 20;
@@ -135,7 +140,10 @@ fn deleted_files(paths: &[String]) -> Vec<u8> {
 }
 
 /// The first `length` bytes of a file, read beside the runtime's threads.
-fn content(file: std::fs::File, length: u64) -> impl Stream<Item = Result<Bytes>> + Send {
+pub(super) fn content(
+    file: std::fs::File,
+    length: u64,
+) -> impl Stream<Item = Result<Bytes>> + Send {
     stream::try_unfold((file, 0), move |(mut file, done)| async move {
         if done >= length {
             return Ok(None);
@@ -201,14 +209,12 @@ where
 /// Where the entry for `/dev/shm` lies at the beginning of an archive, if that holds nothing but the
 /// directory itself, as Podman makes it at the destination anyway.
 fn empty_shm(archive: &[u8]) -> Option<std::ops::Range<usize>> {
-    /// A tar archive comes in blocks of this size: a header, then content.
-    const BLOCK: usize = 512;
     // Where POSIX (pax, "ustar Interchange Format") has name, mode, owner, group, size and type.
     let name = |header: &[u8]| {
         let end = header[..100].iter().position(|byte| *byte == 0);
         header[..end.unwrap_or(100)].to_vec()
     };
-    let number = |header: &[u8], from: usize, to: usize| archive::octal(&header[from..to]);
+    let number = |header: &[u8], from: usize, to: usize| walker::octal(&header[from..to]);
     let mut begin = 0;
     loop {
         let header = archive.get(begin..begin + BLOCK)?;
@@ -228,6 +234,73 @@ fn empty_shm(archive: &[u8]) -> Option<std::ops::Range<usize>> {
             // Nothing follows but the end of the archive.
             && rest.iter().all(|byte| *byte == 0);
         return plain.then_some(begin..end);
+    }
+}
+
+/// Podman's archive of a container that still runs, without its volumes: what Podman reads of those while
+/// they change may not even be an archive. They come last (`exportCheckpoint` in Podman's
+/// `libpod/container_internal_common.go`), so the archive ends in front of them.
+///
+/// # Errors
+/// The stream fails if Podman's does.
+pub fn without_volumes<S, E>(podman: S) -> impl Stream<Item = Result<Bytes>> + Send
+where
+    S: Stream<Item = Result<Bytes, E>> + Send,
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let podman = without_empty_shm(podman.map_err(|e| Error::Upstream(Box::new(e))));
+    let state = Some((Box::pin(podman), Blocks::default()));
+    stream::try_unfold(state, |state| async move {
+        let Some((mut podman, mut blocks)) = state else {
+            return Ok(None);
+        };
+        Ok(match podman.try_next().await? {
+            None => (!blocks.rest.is_empty()).then(|| (blocks.rest.into(), None)),
+            Some(piece) => {
+                let (piece, ended) = blocks.up_to_the_volumes(&piece);
+                Some((piece, (!ended).then_some((podman, blocks))))
+            }
+        })
+    })
+}
+
+/// An archive block by block.
+#[derive(Debug, Default)]
+struct Blocks {
+    /// What is not a whole block yet.
+    rest: Vec<u8>,
+    /// How many bytes are left of the entry that goes by, filled up to whole blocks.
+    entry: u64,
+}
+
+impl Blocks {
+    /// The whole blocks that there are, and whether that is the end.
+    fn up_to_the_volumes(&mut self, piece: &[u8]) -> (Bytes, bool) {
+        self.rest.extend_from_slice(piece);
+        let mut place = 0;
+        while let Some(header) = self.rest.get(place..place + BLOCK) {
+            if self.entry > 0 {
+                let there = ((self.rest.len() - place) / BLOCK * BLOCK) as u64;
+                let passing = self.entry.min(there);
+                self.entry -= passing;
+                // No more than there is in memory.
+                place += passing as usize;
+                continue;
+            }
+            if header.starts_with(VOLUMES) {
+                let mut last = std::mem::take(&mut self.rest);
+                last.truncate(place);
+                // Two empty blocks end an archive.
+                last.resize(place + 2 * BLOCK, 0);
+                return (last.into(), true);
+            }
+            // What is no number is passed on, for somebody else to refuse.
+            let size = walker::octal(&header[124..136]).unwrap_or(0);
+            self.entry = size + archive::padding(size) as u64;
+            place += BLOCK;
+        }
+        let rest = self.rest.split_off(place);
+        (std::mem::replace(&mut self.rest, rest).into(), false)
     }
 }
 

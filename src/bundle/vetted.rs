@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt, stream};
 
-use super::archive::{Seen, Step, Walker};
 use super::splice::{DELETED_FILES, ROOTFS_DIFF, STATS_DUMP};
+use super::walker::{Seen, Step, Walker};
 use super::{Error, Result};
 
 /// What Podman knows of the container: `ContainerConfig` in its `libpod/container_config.go`.

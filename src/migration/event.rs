@@ -139,6 +139,8 @@ pub enum Event {
 pub enum Cargo {
     /// The container's image.
     Image,
+    /// Files that the container has changed, while it runs.
+    Files,
     /// The frozen container: memory, changed files, volumes.
     Container,
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use super::shell::Shell;
 use super::{Migration, steer};
-use crate::bundle::{DeltaFile, Layers};
+use crate::bundle::{Changes, DeltaFile, Layers, Pace};
 use crate::podman::{CheckpointOptions, Chunks, Client, Container, FailureLog, failure_log};
 use crate::runtime::dump::{self, CriuOptions};
 use crate::{Config, Error, Result};
@@ -25,6 +25,8 @@ pub(super) enum Frozen {
     Direct {
         /// Where CRIU's images are.
         images: PathBuf,
+        /// What has changed in its files since the last round.
+        changes: Changes,
     },
 }
 
@@ -61,9 +63,16 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
             (frozen, flows)
         }
         Some(shell) => {
-            let (dumped, flows) = futures::join!(dump(shell), mark);
-            let images = shell.images.clone();
-            (dumped.map(|()| Frozen::Direct { images }), flows)
+            let staging = staging(&migration.request.config)?;
+            let mirror = migration.mirror.take().ok_or(Error::OutOfOrder("mirror"))?;
+            let changes = mirror.file(Pace::Frozen, staging);
+            let (dumped, changes, flows) = futures::join!(dump(shell), changes, mark);
+            let frozen = dumped.and_then(|()| {
+                let (changes, _) = changes?;
+                let images = shell.images.clone();
+                Ok(Frozen::Direct { images, changes })
+            });
+            (frozen, flows)
         }
     };
     migration.flows = flows?;

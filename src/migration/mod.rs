@@ -80,6 +80,7 @@ pub(crate) use undo::{Hands, leave_idle_hops, remove_staging, unwind};
 
 use crate::agent::protocol::MigrationId;
 use crate::agent::{Connection, Peer};
+use crate::bundle::Mirror;
 use crate::conntrack::forward::Forwarding;
 use crate::conntrack::hold::{HoldReport, Released};
 use crate::conntrack::{Fence, Flow};
@@ -135,6 +136,8 @@ struct Migration<'a> {
     fence: Option<Fence>,
     forwarding: Option<Forwarding>,
     shell: Option<shell::Shell>,
+    /// Which of the container's files the destination has.
+    mirror: Option<Mirror>,
     frozen: Option<freeze::Frozen>,
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
@@ -185,6 +188,7 @@ impl<'a> Migration<'a> {
             fence: None,
             forwarding: None,
             shell: None,
+            mirror: None,
             frozen: None,
             flows: Vec::new(),
             stream: None,

@@ -1,10 +1,9 @@
 //! The container without its processes, made at the destination while they run here.
 //!
 //! Podman is asked for a checkpoint, and its runtime, which is livemig, says at once that it is done
-//! ([`runtime`](crate::runtime)). What Podman exports then is the **shell**: configuration, networks,
-//! volumes, and with livemig's own part the changed files, as they are at that moment. The destination
-//! makes a container of it, down to the last step, and waits there. What changes from then on goes with
-//! the memory.
+//! ([`runtime`](crate::runtime)). What Podman exports then is the **shell**: configuration and
+//! networks. The destination makes a container of it, down to the last step, and waits there. Files
+//! follow in rounds ([`precopy`](super::precopy)), the last of them with the memory.
 
 use std::path::PathBuf;
 
@@ -12,7 +11,7 @@ use hyper::{HeaderMap, Method};
 
 use super::{Effect, Migration, freeze};
 use crate::agent::protocol::Nothing;
-use crate::bundle::{self, Compression, DeltaFile};
+use crate::bundle::{self, Compression};
 use crate::runtime::{Invocation, Rendezvous, Verb, setup};
 use crate::{Error, Result, runtime};
 
@@ -78,8 +77,7 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
     };
     let archive = checkpoint.await?;
     drop(rendezvous);
-    let changed = DeltaFile::make(freeze::layers(container)?, freeze::staging(config)?).await?;
-    let (archive, _) = bundle::spliced(changed, archive, &[]);
+    let archive = bundle::without_volumes(archive);
     let (bytes, progress) = bundle::send(archive, Compression::None);
     let path = format!("/v1/migrations/{}/shell", migration.id);
     let Nothing {} = migration

@@ -9,7 +9,7 @@ readonly PROGRAMS=(iperf3 redis postgresql nginx)
 readonly PROGRAM_PACKAGES=(base-files redis-server redis-tools postgresql nginx)
 # Part of the caches' keys: raise it when the way something is built changes.
 readonly IPERF3_VERSION=4
-readonly PROGRAMS_VERSION=2
+readonly PROGRAMS_VERSION=3
 # Who owns the database, by the numbers that Debian gives first.
 readonly POSTGRES=101:101
 
@@ -124,7 +124,7 @@ redis_image() {
 # The directory of the one version that was unpacked.
 postgresql_in() { in_tree "$1" '/usr/lib/postgresql/*'; }
 
-# With an empty database in /data, as `initdb` makes it: that takes longer than a test.
+# With an empty database in /data/pg, as `initdb` makes it: that takes longer than a test.
 postgresql_image() {
     local rootfs=$1 tree=$2 tmp=$3 at
     at=$(postgresql_in "$tree")
@@ -142,13 +142,13 @@ postgresql_image() {
     cp -a "$tree"/dev/{null,zero,urandom} "$tmp/base/dev/"
     chown "$POSTGRES" "$tmp/base/data"
     # Checksums: a page that came over half is found when it is read.
-    chroot --userspec="$POSTGRES" "$tmp/base" "$at/bin/initdb" --pgdata=/data --username=postgres --auth=trust \
+    chroot --userspec="$POSTGRES" "$tmp/base" "$at/bin/initdb" --pgdata=/data/pg --username=postgres --auth=trust \
         --encoding=UTF8 --locale=C --data-checksums --no-sync >"$tmp/initdb.log" 2>&1 ||
         die "initdb: $(tail -n 5 "$tmp/initdb.log")"
     rm -r "$tmp/base/dev"
     mkdir "$tmp/base/dev"
     not_root "$tmp/base/not-root.so"
-    printf 'host all all all trust\n' >>"$tmp/base/data/pg_hba.conf"
+    printf 'host all all all trust\n' >>"$tmp/base/data/pg/pg_hba.conf"
     mkdir -p "$tmp/top"
     mv "$tmp/base/data" "$tmp/top/data"
     layer_of "$tmp/base" "$tmp/archive/base.tar"
