@@ -230,6 +230,32 @@ with a line break'
 }
 
 #[tokio::test]
+async fn locks_on_files() {
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let locked = ["files", "7000", "--lock", "/data/modified"];
+    let source = pair.host(1);
+    source
+        .run_workload("web", &["-p", "7000:7000"], &locked)
+        .await;
+    pair.client(1).ask(source.address(), 7000, "info").await;
+    for (from, to, engine) in [(1, 2, "rest"), (2, 1, "direct")] {
+        let options = ["--engine", engine];
+        let output = pair.try_migrate("web", from, to, &options).await;
+        assert!(output.status.success(), "{output}");
+        pair.assert_moved("web", from, to, &report(&output)).await;
+        // As whoever sees the container's files sees it.
+        let root = root_of(pair.host(to), "web").await;
+        let take = |name: &str| {
+            let file = std::fs::File::open(root.join("data").join(name)).expect("it is there");
+            file.try_lock().is_ok()
+        };
+        assert!(!take("modified"), "the lock did not come along");
+        assert!(take("untouched"));
+    }
+    pair.down().await;
+}
+
+#[tokio::test]
 async fn volumes() {
     let pair = Pair::up().await;
     let (source, destination) = (pair.host(1), pair.host(2));

@@ -715,6 +715,7 @@ impl Sessions {
         let container = &session.offer.container;
         let options = RestoreOptions {
             tcp_established: true,
+            file_locks: true,
             ..RestoreOptions::default()
         };
         let ended = Arc::new(Mutex::new(Instant::now()));
