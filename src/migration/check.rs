@@ -70,7 +70,7 @@ pub(super) fn at_source(
             "move containers of root's Podman",
         ));
     }
-    findings.extend(io_uring(container));
+    findings.extend(not_dumpable(container));
     namespaces(container, &mut findings);
     storage(container, &mut findings);
     what_stays_behind(container, &mut findings);
@@ -79,11 +79,24 @@ pub(super) fn at_source(
     findings
 }
 
-/// Looks into every process of the container: CRIU would fail on an io_uring only when all is frozen.
-fn io_uring(container: &Container) -> Option<Finding> {
-    let freezer = Freezer::of(container.pid?, Path::new("/")).ok()?;
-    let pids = processes::in_cgroup(freezer.path()).ok()?;
-    criu::check::io_uring(&processes::with_io_uring(&pids, Path::new("/proc")).ok()?)
+/// Looks into every process of the container: CRIU would fail only when all is frozen. What cannot be
+/// found out is left to CRIU.
+fn not_dumpable(container: &Container) -> Vec<Finding> {
+    let Some(pid) = container.pid else {
+        return Vec::new();
+    };
+    let proc = Path::new("/proc");
+    let look = || {
+        let freezer = Freezer::of(pid, Path::new("/"))?;
+        let pids = processes::in_cgroup(freezer.path())?;
+        let mut findings = criu::check::processes(&processes::obstacles(&pids, proc)?);
+        findings.extend(criu::check::sockets(&processes::protocols(pid, proc)?));
+        Ok::<_, criu::Error>(findings)
+    };
+    look().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the container's processes cannot be looked into");
+        Vec::new()
+    })
 }
 
 fn namespaces(container: &Container, findings: &mut Vec<Finding>) {

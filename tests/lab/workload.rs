@@ -307,18 +307,25 @@ unsafe extern "C" {
     fn lgetxattr(path: *const u8, name: *const u8, value: *mut u8, size: usize) -> isize;
     fn syscall(number: i64, ...) -> i64;
     fn socket(family: i32, kind: i32, protocol: i32) -> i32;
+    fn listen(socket: i32, backlog: i32) -> i32;
 }
 
-/// Makes a socket of MPTCP, as some languages' libraries do it where they were asked for one of TCP.
+/// Listens with a socket of MPTCP, as some languages' libraries do it where they were asked for one of
+/// TCP.
 fn mptcp() -> io::Result<OwnedFd> {
     /// `AF_INET` and `SOCK_STREAM`; `IPPROTO_MPTCP` of linux/in.h.
     const INET: i32 = 2;
     const STREAM: i32 = 1;
     const MPTCP: i32 = 262;
     // SAFETY: takes numbers only.
-    match unsafe { socket(INET, STREAM, MPTCP) } {
+    let socket = match unsafe { socket(INET, STREAM, MPTCP) } {
         // SAFETY: the kernel just made it, for us alone.
-        socket if socket >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(socket) }),
+        socket if socket >= 0 => unsafe { OwnedFd::from_raw_fd(socket) },
+        _ => return Err(io::Error::last_os_error()),
+    };
+    // SAFETY: takes numbers only. It gets a port by itself.
+    match unsafe { listen(socket.as_raw_fd(), 1) } {
+        0 => Ok(socket),
         _ => Err(io::Error::last_os_error()),
     }
 }
