@@ -327,6 +327,13 @@ impl Sessions {
                 session.heard_of = Instant::now();
                 said(taken)
             }
+            (&Method::PUT, ["v1", "migrations", id, "pages"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let taken = take_pages(&session, body).await;
+                session.heard_of = Instant::now();
+                said(taken)
+            }
             (&Method::POST, ["v1", "migrations", id, "hold"]) => {
                 let (_, session) = self.find(&caller, id)?;
                 said(self.hold(&mut *session.lock().await).await)
@@ -668,8 +675,7 @@ impl Sessions {
             Some(shell) => {
                 let changes = shell.take_images(archive).await?;
                 let volumes = session.volumes.clone();
-                let limits = self.config.arrivals.limits();
-                shell.bring_in(changes, volumes, limits).await?;
+                shell.bring_in(changes, volumes).await?;
                 let ended = Instant::now();
                 // Both run to their ends: what one of them has made is undone only when it is there.
                 let (restored, intake) = futures::join!(shell.restore(), start(intake));
@@ -777,10 +783,7 @@ impl Sessions {
     async fn take_files(&self, session: &Session, body: Body) -> Result<Nothing, Error> {
         let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
         let (changes, _) = bundle::receive(body, Compression::None, CONTAINER);
-        let limits = self.config.arrivals.limits();
-        shell
-            .bring_in(changes, session.volumes.clone(), limits)
-            .await?;
+        shell.bring_in(changes, session.volumes.clone()).await?;
         Ok(Nothing {})
     }
 
@@ -972,6 +975,14 @@ async fn let_in(journal: &Journal) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Takes the memory of the container that waits for its processes.
+async fn take_pages(session: &Session, body: Body) -> Result<Nothing, Error> {
+    let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
+    let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
+    shell.take_pages(pages).await?;
+    Ok(Nothing {})
 }
 
 /// Removes the memory that the container has been restored from.

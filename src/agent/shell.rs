@@ -13,7 +13,8 @@ use futures::{Stream, TryStreamExt};
 use tokio::task::JoinHandle;
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use crate::bundle::{self, TreeId};
+use crate::bundle::{self, Limits, TreeId};
+use crate::criu::pages::writer::PageWriter;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::dump::CriuOptions;
 use crate::runtime::{Arrived, Invocation, Outcome, Rendezvous};
@@ -89,7 +90,6 @@ impl Shell {
         &self,
         changes: S,
         volumes: BTreeMap<String, PathBuf>,
-        limits: bundle::Limits,
     ) -> Result<(), Error>
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send,
@@ -100,7 +100,32 @@ impl Shell {
             TreeId::Shm => Some(trees.shm.clone()),
             TreeId::Volume(name) => volumes.get(name).cloned(),
         };
+        let limits = Limits {
+            // What a node gives access to is for the container's cgroup to say, as in any image.
+            devices: true,
+            ..Limits::default()
+        };
         bundle::apply(changes, place, limits).await?;
+        Ok(())
+    }
+
+    /// Takes the pages of the container's memory.
+    ///
+    /// # Errors
+    /// Those of the stream; [`crate::criu::Error::Pages`] if it is not CRIU's, and
+    /// [`crate::criu::Error::Write`] if there is no room.
+    pub async fn take_pages<S>(&self, pages: S) -> Result<(), Error>
+    where
+        S: Stream<Item = bundle::Result<Bytes>> + Send,
+    {
+        let mut writer = PageWriter::new(&self.images);
+        let mut pages = std::pin::pin!(pages);
+        while let Some(piece) = pages.try_next().await? {
+            // Into memory, which does not wait.
+            writer.feed(&piece)?;
+        }
+        let bytes = writer.finish()?;
+        tracing::debug!(bytes, "the container's memory is here");
         Ok(())
     }
 
@@ -131,7 +156,9 @@ impl Shell {
         let call = call
             .with_image_path(&self.images)
             .with_work_path(&self.work);
-        let environment = CriuOptions::packets_are_held().write(&self.work.join("criu.conf"))?;
+        // A page that has been read is not needed any more: there is never a second copy of them all.
+        let options = CriuOptions::packets_are_held().with("auto-dedup");
+        let environment = options.write(&self.work.join("criu.conf"))?;
         let program = runtime.program().display().to_string();
         match runtime.run(&call, environment).await? {
             Outcome {

@@ -46,7 +46,7 @@ use super::changes::TreeId;
 use super::content::MAX_EXTENTS;
 use super::delta::Skipped;
 use super::scan::{MAX_ENTRIES, MAX_PATH};
-use super::tree::{BENEATH, Node, travels};
+use super::tree::{BENEATH, Node, Tree, travels};
 use super::walker::{Details, Seen, Step, Walker};
 use super::{Error, Result};
 
@@ -169,6 +169,31 @@ where
         Err(lost) => Err(Error::Write(io::Error::other(lost))),
     };
     passed.and(written)
+}
+
+/// Has the trees that an archive was brought into written to where they are kept, beside the
+/// runtime's threads. It may take seconds.
+///
+/// What is not written out is lost when the host's power fails; once the source has removed its
+/// container, for good. A root file system is given by its merged mount, which passes it on.
+///
+/// # Errors
+/// [`Error::Read`] if a tree is not there or its file system fails.
+pub async fn persist(trees: Vec<PathBuf>) -> Result<()> {
+    let task = tokio::task::spawn_blocking(move || {
+        let mut flushed = std::collections::HashSet::new();
+        for path in trees {
+            let tree = Tree::open(&path)?;
+            if flushed.insert(tree.device()?) {
+                tree.flush()?;
+            }
+        }
+        Ok(())
+    });
+    match task.await {
+        Ok(done) => done,
+        Err(lost) => Err(Error::Write(io::Error::other(lost))),
+    }
 }
 
 /// Brings an archive in, piece by piece. Blocks.

@@ -3,7 +3,7 @@
 //! A destination that is prepared while the container still runs has its files as they were then.
 //! [`Mirror`] stays at the source and knows what that was: each round writes what has changed since
 //! the one before, the first writes everything. What is not needed any more is said to be removed.
-//! The destination brings each round into the trees that it has ([`apply`](super::apply)).
+//! The destination brings each round into the trees that it has ([`apply`](mod@super::apply)).
 //!
 //! ```no_run
 //! # use std::path::PathBuf;
@@ -29,12 +29,15 @@
 //! # What a round costs
 //! One question to the kernel for each name, and the content of what has changed. A file whose
 //! content or times have changed is sent whole, however little of it that was; holes are not sent.
-//! In trees on a `tmpfs` all content is read (not sent), see [`scan`](super::scan).
+//! In trees on a `tmpfs` all content is read (not sent), since times there do not tell of changes
+//! through a mapping.
 //!
 //! # What the first round presumes
-//! That the root file system at the destination is as the image made it, and is given to nobody else
-//! than [`apply`](super::apply). Volumes and `/dev/shm` are emptied first, whatever is in them.
+//! That the root file system at the destination is as the image made it: what somebody else has put
+//! there before, and the container has removed since, stays. Volumes and `/dev/shm` are emptied
+//! first, whatever is in them.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::future::Future;
@@ -49,7 +52,7 @@ use tokio::sync::mpsc;
 use super::content::COPY;
 use super::delta::{Layers, Summary, unnamed_file};
 use super::entries::{Form, Writer};
-use super::scan::{Pace, Place, Snapshot, scan};
+use super::scan::{Pace, Place, Snapshot, now, scan};
 use super::tree::Tree;
 use super::{Error, Result, archive, splice};
 
@@ -206,10 +209,20 @@ impl Mirror {
     /// [`Error::Read`] if something cannot be read, [`Error::TooManyEntries`] beyond four million
     /// names in one tree, [`Error::Write`] if `out` fails.
     pub fn write(mut self, pace: Pace, mut out: impl Write) -> Result<Round> {
-        let mut total = Summary::default();
-        for (source, sent) in &mut self.trees {
+        let began = now();
+        let mut places = Vec::new();
+        let mut flushed = HashSet::new();
+        for (source, _) in &self.trees {
             let place = source.open()?;
-            let mut found = scan(&place, sent.as_ref(), pace)?;
+            let changing = place.changing();
+            if pace == Pace::Running && flushed.insert(changing.device()?) {
+                changing.flush()?;
+            }
+            places.push(place);
+        }
+        let mut total = Summary::default();
+        for ((source, sent), place) in self.trees.iter_mut().zip(&places) {
+            let mut found = scan(place, sent.as_ref(), began)?;
             let prefix = source.id.prefix();
             let mut writer = Writer::new(&place.view, Form::Own { tree: &prefix });
             writer.summary.skipped = found.skipped;

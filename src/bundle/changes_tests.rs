@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::Path;
 
-use super::super::apply::{Applied, Applier, Limits, apply};
+use super::super::apply::{Applied, Applier, Limits, apply, persist};
 use super::super::test_trees::*;
 use super::*;
 
@@ -553,6 +553,12 @@ async fn a_round_as_a_file_and_as_a_stream() {
         .await
         .expect("applied");
     assert_same(&here, &there, Carried::Exactly, "by a file");
+    persist(vec![there.clone(), there.clone()])
+        .await
+        .expect("written out");
+    persist(vec![base.path().join("not-there")])
+        .await
+        .expect_err("nothing to write out");
     assert_eq!(
         fs::read_dir(base.path()).expect("listed").count(),
         2,

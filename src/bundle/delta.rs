@@ -1,6 +1,6 @@
 //! The files that a container changed, in the form that Podman's import applies.
 //!
-//! Which they are, [`scan`](super::scan) finds out.
+//! Which they are, `scan` finds out.
 //!
 //! # What is written
 //! Podman untars `rootfs-diff.tar` over the mounted root file system, *then* removes what
@@ -50,7 +50,7 @@ use serde::{Deserialize, Serialize};
 use super::archive;
 use super::content::COPY;
 use super::entries::{Form, Writer};
-use super::scan::{Entry, Pace, Place, What, scan};
+use super::scan::{Entry, Place, What, now, scan};
 use super::tree::Tree;
 use super::{Error, Result};
 
@@ -205,7 +205,7 @@ impl Delta {
     /// something cannot be read, [`Error::TooManyEntries`] beyond four million changes.
     pub fn scan(layers: &Layers) -> Result<Delta> {
         let place = layers.open()?;
-        let found = scan(&place, None, Pace::Frozen)?;
+        let found = scan(&place, None, now())?;
         let mut delta = Delta {
             place,
             entries: Vec::with_capacity(found.entries.len()),

@@ -1,7 +1,7 @@
 //! The entries of an archive, made from what a scan found.
 //!
 //! There are two forms, for two readers. Podman's is told in [`delta`](super::delta), livemig's own
-//! in [`apply`](super::apply).
+//! in [`apply`](mod@super::apply).
 
 use std::collections::HashSet;
 use std::io::Write;

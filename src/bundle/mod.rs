@@ -26,7 +26,7 @@ mod tree;
 pub mod vetted;
 mod walker;
 
-pub use apply::{Applied, Limits, Refusal, apply};
+pub use apply::{Applied, Limits, Refusal, apply, persist};
 pub use changes::{Changes, Mirror, Round, Source, TreeId};
 pub use delta::{Delta, DeltaFile, Layers, Skipped, Summary};
 pub use error::Error;

@@ -61,7 +61,7 @@ pub(super) struct Place {
 
 impl Place {
     /// The directory whose files change.
-    fn changing(&self) -> &Tree {
+    pub fn changing(&self) -> &Tree {
         self.upper.as_ref().unwrap_or(&self.view)
     }
 
@@ -194,25 +194,32 @@ pub(super) struct Found {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pace {
     /// Programs are at work, and there will be another scan: what they change unnoticed now has to
-    /// be noticed then. Has the file system written out first, which may take seconds.
+    /// be noticed then. Has the file systems written out first, which may take seconds.
     Running,
     /// Nothing moves any more, and time counts.
     Frozen,
 }
 
+/// The time now, as it is to be known to [`scan`].
+pub(super) fn now() -> Moment {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Moment {
+        // Seconds since 1970 stay below 2^63 for a while.
+        seconds: now.as_secs() as i64,
+        nanoseconds: now.subsec_nanos(),
+    }
+}
+
 /// Finds what is in a tree, or what has changed in it since an earlier scan. Blocks.
+///
+/// `began` is a moment before all that the scan looks at: what is written to a page after that was
+/// written out has a later time.
 ///
 /// # Errors
 /// [`Error::Read`] if something cannot be read, [`Error::TooManyEntries`] beyond four million names.
-pub(super) fn scan(place: &Place, before: Option<&Snapshot>, pace: Pace) -> Result<Found> {
-    // Before all else: what is written to a page after that was written out has a later time.
-    let began = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let in_memory = place.is_in_memory()?;
-    if pace == Pace::Running && !in_memory {
-        place.changing().flush()?;
-    }
+pub(super) fn scan(place: &Place, before: Option<&Snapshot>, began: Moment) -> Result<Found> {
     let mut scan = Scan {
         place,
         before,
@@ -224,12 +231,8 @@ pub(super) fn scan(place: &Place, before: Option<&Snapshot>, pace: Pace) -> Resu
         now: Snapshot {
             known: HashMap::with_capacity(before.map_or(0, |before| before.known.len())),
             digests: HashMap::new(),
-            began: Moment {
-                // Seconds since 1970 stay below 2^63 for a while.
-                seconds: began.as_secs() as i64,
-                nanoseconds: began.subsec_nanos(),
-            },
-            in_memory,
+            began,
+            in_memory: place.is_in_memory()?,
         },
     };
     scan.walk()?;

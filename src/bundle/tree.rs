@@ -105,6 +105,11 @@ impl Tree {
             .map_err(|e| failed("look at the file system of", &self.path, e))
     }
 
+    /// Which file system it is on, among those of this host.
+    pub fn device(&self) -> Result<(u32, u32)> {
+        self.stamp().map(|stamp| stamp.device)
+    }
+
     /// Has its whole file system written to where it is kept.
     pub fn flush(&self) -> Result<()> {
         self.opened(b"", OFlags::RDONLY | OFlags::DIRECTORY)

@@ -50,6 +50,12 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
+    /// CRIU's memory pages could not be taken.
+    #[error("cannot take the memory that CRIU sends: {0}")]
+    Relay(io::Error),
+    /// What should be CRIU's memory pages is something else.
+    #[error("the stream of memory pages is not CRIU's: {0}")]
+    Pages(&'static str),
     /// There are more processes than one container can have.
     #[error("more than {limit} processes below {}", path.display())]
     TooManyProcesses {

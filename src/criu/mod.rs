@@ -11,6 +11,7 @@ mod error;
 pub mod feature;
 pub mod freezer;
 mod images;
+pub mod pages;
 pub mod processes;
 pub mod stats;
 mod version;

@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
-use crate::bundle::Limits;
 use crate::criu::{Code, Finding};
 use crate::podman::{Container, HostInfo, Mode, Mount};
 
@@ -106,14 +105,6 @@ impl Policy {
     /// Whether containers may have this here.
     pub fn allows(&self, privilege: Privilege) -> bool {
         self.allowed.contains(&privilege)
-    }
-
-    /// What a container's files may be.
-    pub(crate) fn limits(&self) -> Limits {
-        Limits {
-            devices: self.allows(Privilege::Devices),
-            ..Limits::default()
-        }
     }
 
     /// Whether a container may have this file or directory of the host mounted.

@@ -5,12 +5,20 @@
 //! nothing of the container moves any more, its flows are read and marked, its changed files are
 //! collected, and what its kernel still has to say is kept from the world.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures::StreamExt;
+use hyper::{HeaderMap, Method};
+use tokio_util::sync::CancellationToken;
 
 use super::shell::Shell;
 use super::{Migration, steer};
-use crate::bundle::{Changes, DeltaFile, Layers, Pace};
+use crate::agent::protocol::{MigrationId, Nothing};
+use crate::bundle::{self, Changes, Compression, DeltaFile, Layers, Pace};
+use crate::criu::pages::relay::Relay;
 use crate::podman::{CheckpointOptions, Chunks, Client, Container, FailureLog, failure_log};
+use crate::runtime::Invocation;
 use crate::runtime::dump::{self, CriuOptions};
 use crate::{Config, Error, Result};
 
@@ -46,7 +54,7 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     let mark = steer::mark(container, &migration.preflight.offer.networks, hop);
     // All run to their ends, also when one fails: a mark that is about to be set must not come
     // after it was undone.
-    let (frozen, flows) = match &migration.shell {
+    let (frozen, flows) = match &mut migration.shell {
         None => {
             let staging = staging(&migration.request.config)?;
             let changed =
@@ -66,8 +74,11 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
             let staging = staging(&migration.request.config)?;
             let mirror = migration.mirror.take().ok_or(Error::OutOfOrder("mirror"))?;
             let changes = mirror.file(Pace::Frozen, staging);
-            let (dumped, changes, flows) = futures::join!(dump(shell), changes, mark);
-            let frozen = dumped.and_then(|()| {
+            let within = migration.request.config.shell_timeout;
+            let dump = dump(shell, &migration.id, within);
+            let (dumped, changes, flows) = futures::join!(dump, changes, mark);
+            let frozen = dumped.and_then(|bytes| {
+                migration.bytes_frozen += bytes;
                 let (changes, _) = changes?;
                 let images = shell.images.clone();
                 Ok(Frozen::Direct { images, changes })
@@ -80,17 +91,54 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Has the runtime write the container's state, as Podman would have it. It stays frozen, and complete.
-async fn dump(shell: &Shell) -> Result<()> {
-    let call = shell.checkpoint.clone();
-    let call = call
-        .with_image_path(&shell.images)
-        .with_work_path(&shell.work);
-    let environment = CriuOptions::packets_are_held().write(&shell.work.join("criu.conf"))?;
-    let dumped = dump::run(&shell.runtime, &call, environment).await;
+/// Has the runtime take the container's state, as Podman would have it: its memory goes straight to the
+/// destination, the rest into a directory. It stays frozen, and complete. Returns how many bytes have gone.
+async fn dump(shell: &mut Shell, migration: &MigrationId, within: Duration) -> Result<u64> {
+    let relay = Relay::listen().await?;
+    let options = relay
+        .options()
+        .into_iter()
+        .fold(CriuOptions::packets_are_held(), CriuOptions::with);
+    let dumped = CancellationToken::new();
+    // Where there was no dump nobody ends the stream, and the destination takes it for cut off.
+    let given_up = dumped.clone();
+    let pages = relay.pages(false).take_until(given_up.cancelled_owned());
+    let (bytes, progress) = bundle::send(pages, Compression::None);
+    let path = format!("/v1/migrations/{migration}/pages");
+    let send = shell
+        .for_pages
+        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within);
+    let dump = async {
+        let ended = run(
+            &shell.checkpoint,
+            &shell.runtime,
+            &shell.images,
+            &shell.work,
+            &options,
+        );
+        ended.await.inspect_err(|_| dumped.cancel())
+    };
+    let (dumped, sent) = futures::join!(dump, send);
+    dumped?;
+    let Nothing {} = sent?;
+    Ok(progress.wire())
+}
+
+/// Runs the runtime's checkpoint.
+async fn run(
+    checkpoint: &Invocation,
+    runtime: &Path,
+    images: &Path,
+    work: &Path,
+    options: &CriuOptions,
+) -> Result<()> {
+    let call = checkpoint.clone();
+    let call = call.with_image_path(images).with_work_path(work);
+    let environment = options.write(&work.join("criu.conf"))?;
+    let dumped = dump::run(runtime, &call, environment).await;
     dumped.map_err(|source| {
         let source = Error::from(source);
-        match failure_log(&shell.work, FailureLog::Dump) {
+        match failure_log(work, FailureLog::Dump) {
             Some(reason) => Error::Dump {
                 source: Box::new(source),
                 reason,

@@ -40,8 +40,8 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
         }
     };
     let bytes = stream.progress.wire();
-    migration.bytes_frozen = bytes;
-    migration.bytes_sent += bytes;
+    migration.bytes_frozen += bytes;
+    migration.bytes_sent += migration.bytes_frozen;
     let statistics = match (&stream.captured, &migration.shell) {
         (Some(captured), _) => captured.get(STATS_DUMP),
         (None, Some(shell)) => std::fs::read(shell.work.join(STATS_DUMP)).ok(),

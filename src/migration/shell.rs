@@ -9,7 +9,9 @@ use std::path::PathBuf;
 
 use hyper::{HeaderMap, Method};
 
+use super::preflight::connect;
 use super::{Effect, Migration, freeze};
+use crate::agent::Connection;
 use crate::agent::protocol::Nothing;
 use crate::bundle::{self, Compression};
 use crate::runtime::{Invocation, Rendezvous, Verb, setup};
@@ -26,6 +28,8 @@ pub(super) struct Shell {
     pub images: PathBuf,
     /// Where CRIU's log and statistics will be.
     pub work: PathBuf,
+    /// A connection to the destination for nothing but memory, so that opening one costs no downtime.
+    pub for_pages: Connection,
 }
 
 /// Has the destination make the container, all but its processes.
@@ -38,6 +42,7 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
     }])?;
     let (images, work) = staging(&directory)?;
 
+    let for_pages = connect(config, &migration.peer).await?;
     let within = config.shell_timeout;
     let rendezvous = Rendezvous::open(&setup::waiting(config), Verb::Checkpoint, &container.id)?;
     let not_called = runtime::Error::NotCalled {
@@ -62,6 +67,7 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
             runtime,
             images,
             work,
+            for_pages,
         })
     };
     let checkpoint = freeze::checkpoint(&migration.hands.podman, container);

@@ -1,0 +1,287 @@
+//! CRIU's memory images, written at the destination from what its page server was sent.
+//!
+//! For each memory there is a `pagemap` that lists runs of pages, and a `pages` file that has those that
+//! are present, one after the other (`criu/page-xfer.c`, `images/pagemap.proto`).
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use prost::Message;
+
+use super::{Command, Memory, Reader, Run, Seen};
+use crate::criu::{Error, Result};
+
+/// `IMG_COMMON_MAGIC` and `PAGEMAP_MAGIC` of CRIU's `magic.h`.
+const MAGIC: [u32; 2] = [0x5456_4319, 0x5608_4025];
+/// Where CRIU's page server begins to number its files of pages (`up_page_ids_base` in `criu/image.c`), so
+/// that they are none of those that a dump writes itself.
+const FIRST_FILE: u32 = 0x10000;
+/// A container with more processes and shared memories is refused.
+const MOST_MEMORIES: usize = 100_000;
+
+/// Writes the images of one stream of pages.
+#[derive(Debug)]
+pub struct PageWriter {
+    reader: Reader,
+    images: Images,
+}
+
+impl PageWriter {
+    /// Writes into this directory.
+    pub fn new(directory: &Path) -> PageWriter {
+        PageWriter {
+            reader: Reader::default(),
+            images: Images {
+                directory: directory.to_owned(),
+                memories: BTreeMap::new(),
+                current: None,
+                bytes: 0,
+            },
+        }
+    }
+
+    /// Takes the next piece of the stream.
+    ///
+    /// # Errors
+    /// [`Error::Pages`] if it is none of CRIU's; [`Error::Write`] if there is no room.
+    pub fn feed(&mut self, piece: &[u8]) -> Result<()> {
+        let PageWriter { reader, images } = self;
+        reader.read(piece, |seen| match seen {
+            Seen::Command(Command::Open(memory)) => images.open(memory),
+            Seen::Command(Command::Add(memory, run)) => images.add(memory, run),
+            Seen::Pages(pages) => images.write(pages),
+            // Has been answered at the source.
+            Seen::Command(Command::HasParent(_) | Command::Close) => Ok(()),
+        })
+    }
+
+    /// The stream has come to its end. Returns how many bytes of pages there were.
+    ///
+    /// # Errors
+    /// [`Error::Pages`] if CRIU did not say that that was all; [`Error::Write`].
+    pub fn finish(self) -> Result<u64> {
+        if !self.reader.ended {
+            return Err(Error::Pages("the stream ends before CRIU has ended it"));
+        }
+        self.images.finish()
+    }
+}
+
+/// The images of all memories.
+#[derive(Debug)]
+struct Images {
+    directory: PathBuf,
+    memories: BTreeMap<Memory, Image>,
+    /// Whose pages come.
+    current: Option<Memory>,
+    bytes: u64,
+}
+
+impl Images {
+    fn add(&mut self, memory: Memory, run: Run) -> Result<()> {
+        let failed = failed(&self.directory, "the list of pages");
+        self.current = Some(memory);
+        self.image()?.add(run).map_err(failed)
+    }
+
+    fn write(&mut self, pages: &[u8]) -> Result<()> {
+        let failed = failed(&self.directory, "the container's pages");
+        self.bytes += pages.len() as u64;
+        self.image()?.pages.write_all(pages).map_err(failed)
+    }
+
+    fn image(&mut self) -> Result<&mut Image> {
+        let image = self
+            .current
+            .and_then(|memory| self.memories.get_mut(&memory));
+        image.ok_or(Error::Pages("pages of a memory that is not open"))
+    }
+
+    fn open(&mut self, memory: Memory) -> Result<()> {
+        if self.memories.len() >= MOST_MEMORIES || self.memories.contains_key(&memory) {
+            return Err(Error::Pages("too many memories, or one that comes twice"));
+        }
+        // Fewer than there are numbers.
+        let number = FIRST_FILE + self.memories.len() as u32;
+        let name = match memory {
+            Memory::Process(number) => format!("pagemap-{number}.img"),
+            Memory::Shared(number) => format!("pagemap-shmem-{number}.img"),
+        };
+        let make = |name: String| {
+            let path = self.directory.join(name);
+            File::create_new(&path).map_err(|source| Error::Write {
+                value: "one of CRIU's images",
+                path,
+                source,
+            })
+        };
+        let mut image = Image {
+            pagemap: BufWriter::new(make(name)?),
+            pages: make(format!("pages-{number}.img"))?,
+        };
+        let failed = failed(&self.directory, "the list of pages");
+        image.begin(number).map_err(failed)?;
+        self.memories.insert(memory, image);
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<u64> {
+        for image in self.memories.values_mut() {
+            let failed = failed(&self.directory, "the list of pages");
+            image.pagemap.flush().map_err(failed)?;
+        }
+        Ok(self.bytes)
+    }
+}
+
+fn failed(directory: &Path, value: &'static str) -> impl FnOnce(std::io::Error) -> Error + use<> {
+    let path = directory.to_owned();
+    move |source| Error::Write {
+        value,
+        path,
+        source,
+    }
+}
+
+/// The two files of one memory.
+#[derive(Debug)]
+struct Image {
+    pagemap: BufWriter<File>,
+    pages: File,
+}
+
+impl Image {
+    fn begin(&mut self, number: u32) -> std::io::Result<()> {
+        for magic in MAGIC {
+            self.pagemap.write_all(&magic.to_le_bytes())?;
+        }
+        self.entry(&Head { pages_id: number })
+    }
+
+    fn add(&mut self, run: Run) -> std::io::Result<()> {
+        self.entry(&Entry {
+            address: run.address,
+            // What CRIU had before it had the field below.
+            pages: run.pages,
+            in_parent: None,
+            flags: Some(run.flags),
+            many_pages: Some(u64::from(run.pages)),
+        })
+    }
+
+    /// A message, with its length in front of it (`pb_write_one` in `criu/protobuf.c`).
+    fn entry(&mut self, message: &impl Message) -> std::io::Result<()> {
+        let bytes = message.encode_to_vec();
+        // Some tens of bytes.
+        self.pagemap
+            .write_all(&(bytes.len() as u32).to_le_bytes())?;
+        self.pagemap.write_all(&bytes)
+    }
+}
+
+// The messages of `images/pagemap.proto`.
+
+#[derive(Clone, PartialEq, Message)]
+struct Head {
+    #[prost(uint32, required, tag = "1")]
+    pages_id: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Entry {
+    #[prost(uint64, required, tag = "1")]
+    address: u64,
+    #[prost(uint32, required, tag = "2")]
+    pages: u32,
+    #[prost(bool, optional, tag = "3")]
+    in_parent: Option<bool>,
+    #[prost(uint32, optional, tag = "4")]
+    flags: Option<u32>,
+    #[prost(uint64, optional, tag = "5")]
+    many_pages: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::tests::command;
+    use super::super::{COMMAND, page_size};
+    use super::*;
+
+    const PROCESS: u64 = 1 << 8 | 1;
+    const PRESENT: u32 = 6 | Run::PRESENT << 16;
+
+    fn written(stream: &[u8], cut: usize) -> Result<(tempfile::TempDir, u64)> {
+        let directory = tempfile::tempdir().unwrap();
+        let mut writer = PageWriter::new(directory.path());
+        for piece in stream.chunks(cut.max(1)) {
+            writer.feed(piece)?;
+        }
+        let bytes = writer.finish()?;
+        Ok((directory, bytes))
+    }
+
+    fn close() -> [u8; COMMAND] {
+        command(0x1023, 0, 0, 0)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn pages_are_written_however_the_stream_is_cut(runs in proptest::collection::vec((1u32..4, any::<bool>()), 0..6), cut in 1usize..9000) {
+            let mut stream = command(4, 0, 0, PROCESS).to_vec();
+            let mut content = Vec::new();
+            for (place, (pages, present)) in runs.iter().enumerate() {
+                let word = if *present { PRESENT } else { 6 | 1 << 16 };
+                stream.extend(command(word, *pages, place as u64 * 0x10_0000, PROCESS));
+                if *present {
+                    let bytes = vec![place as u8 + 1; *pages as usize * page_size() as usize];
+                    stream.extend(&bytes);
+                    content.extend(bytes);
+                }
+            }
+            stream.extend(close());
+            let (directory, bytes) = written(&stream, cut).unwrap();
+            prop_assert_eq!(bytes, content.len() as u64);
+            prop_assert_eq!(std::fs::read(directory.path().join("pages-65536.img")).unwrap(), content);
+            let pagemap = std::fs::read(directory.path().join("pagemap-1.img")).unwrap();
+            let mut rest = &pagemap[8..];
+            let mut entries = Vec::new();
+            while !rest.is_empty() {
+                let (length, behind) = rest.split_at(4);
+                let length = u32::from_le_bytes(length.try_into().unwrap()) as usize;
+                entries.push(&behind[..length]);
+                rest = &behind[length..];
+            }
+            prop_assert_eq!(Head::decode(entries[0]).unwrap().pages_id, 65536);
+            prop_assert_eq!(entries.len(), runs.len() + 1);
+            for ((pages, _), entry) in runs.iter().zip(&entries[1..]) {
+                prop_assert_eq!(Entry::decode(*entry).unwrap().pages, *pages);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_stream_of_criu_s_is_refused() {
+        let open = command(4, 0, 0, PROCESS);
+        let add = command(PRESENT, 1, 0, PROCESS);
+        let cases: [(&str, Vec<u8>); 6] = [
+            ("no end", open.to_vec()),
+            ("cut in a command", [&open[..], &open[..3]].concat()),
+            ("pages missing", [&open[..], &add, &close()].concat()),
+            ("a memory that is not open", [&add[..], &close()].concat()),
+            ("opened twice", [&open[..], &open, &close()].concat()),
+            ("more behind the end", [&close()[..], &open].concat()),
+        ];
+        for (what, stream) in cases {
+            let refused = written(&stream, 1000);
+            assert!(
+                matches!(refused, Err(Error::Pages(_))),
+                "{what}: {refused:?}"
+            );
+        }
+    }
+}
