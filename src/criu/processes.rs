@@ -66,6 +66,32 @@ fn collect(path: &Path, depth: usize, pids: &mut BTreeSet<u32>) -> Result<()> {
     Ok(())
 }
 
+/// The cgroup that a process is in itself, of one and all below it.
+///
+/// # Errors
+/// [`Error::Read`] if the cgroup cannot be read.
+pub(super) fn holder(path: &Path, pid: u32) -> Result<Option<PathBuf>> {
+    let mut open = vec![path.to_owned()];
+    while let Some(path) = open.pop() {
+        let list = match std::fs::read_to_string(path.join("cgroup.procs")) {
+            Ok(list) => list,
+            Err(e) if gone(&e) => continue,
+            Err(source) => return Err(Error::Read { path, source }),
+        };
+        if list.lines().any(|line| line.parse() == Ok(pid)) {
+            return Ok(Some(path));
+        }
+        let entries = std::fs::read_dir(&path).map_err(|source| Error::Read { path, source })?;
+        let below = entries.flatten();
+        open.extend(
+            below
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                .map(|entry| entry.path()),
+        );
+    }
+    Ok(None)
+}
+
 /// Whether an error says that a process or cgroup has ended.
 pub(super) fn gone(error: &io::Error) -> bool {
     use rustix::io::Errno;

@@ -88,7 +88,10 @@ fn not_dumpable(container: &Container) -> Vec<Finding> {
     let proc = Path::new("/proc");
     let look = || {
         let freezer = Freezer::of(pid, Path::new("/"))?;
-        let pids = processes::in_cgroup(freezer.path())?;
+        let mut pids = processes::in_cgroup(freezer.path())?;
+        pids.extend(processes::descendants(pid, proc)?);
+        pids.sort_unstable();
+        pids.dedup();
         let mut findings = criu::check::processes(&processes::obstacles(&pids, proc)?);
         findings.extend(criu::check::sockets(&processes::protocols(pid, proc)?));
         Ok::<_, criu::Error>(findings)
