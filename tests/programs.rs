@@ -4,11 +4,23 @@
 
 mod lab;
 
-use lab::pair::{Pair, report};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use lab::pair::{Pair, assert_went_on, report};
 use lab::{LOOK, Lab, Node, Output, Process};
+use livemig::netlink::Namespace;
 
 /// From where to where, with which engine.
 type Move = (usize, usize, &'static str);
+
+/// Of programs that do not.
+const WITHOUT_FILES: [Move; 2] = [(1, 2, "rest"), (2, 1, "direct")];
 
 /// Of programs that write files: the direct engine does not bring those yet that change during the move.
 const WITH_FILES: [Move; 2] = [(1, 2, "rest"), (2, 1, "rest")];
@@ -316,4 +328,176 @@ async fn postgresql_keeps_every_transaction() {
             (select sum(bbalance) from pgbench_branches)])";
     assert_eq!(psql(&pair, 1, SUMS).await, format!("3|{done}|t"));
     pair.down().await;
+}
+
+/// A connection that is kept alive, from a client's network.
+struct Browser {
+    stream: BufReader<TcpStream>,
+}
+
+impl Browser {
+    fn connect(client: &Node, to: &Node) -> Browser {
+        let address = (to.address(), 8080);
+        let namespace = Namespace::path(&client.network_namespace()).expect("it is there");
+        let stream = namespace.run(|| TcpStream::connect(address));
+        let stream = stream.expect("entered").expect("connected");
+        let patience = Some(Duration::from_secs(30));
+        stream.set_read_timeout(patience).expect("set");
+        Browser {
+            stream: BufReader::new(stream),
+        }
+    }
+
+    /// Gets the file of so many lines, and says what is wrong with it.
+    fn get(&mut self, lines: usize) -> std::io::Result<Result<(), String>> {
+        let request = format!("GET /{lines} HTTP/1.1\r\nHost: nginx\r\n\r\n");
+        self.stream.get_mut().write_all(request.as_bytes())?;
+        let mut status = String::new();
+        self.stream.read_line(&mut status)?;
+        let mut headers = BTreeMap::new();
+        loop {
+            let mut line = String::new();
+            self.stream.read_line(&mut line)?;
+            match line.trim_end().split_once(": ") {
+                Some((name, value)) => headers.insert(name.to_lowercase(), value.to_owned()),
+                None => break,
+            };
+        }
+        let length = headers
+            .get("content-length")
+            .and_then(|text| text.parse().ok());
+        let mut body = vec![0; length.unwrap_or_default()];
+        self.stream.read_exact(&mut body)?;
+        let kept = headers.get("connection").map(String::as_str) == Some("keep-alive");
+        let right: String = (1..=lines)
+            .map(|line| format!("{line} of {lines}\n"))
+            .collect();
+        if status.trim_end() != "HTTP/1.1 200 OK" || !kept || body != right.as_bytes() {
+            return Ok(Err(format!("{status} {headers:?} {} bytes", body.len())));
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// A master and its workers, which share the socket that they listen with; connections in the middle of
+/// answers, others kept alive with nothing to do.
+#[tokio::test]
+async fn nginx_keeps_connections_alive() {
+    let pair = hosts("nginx", "crun").await;
+    start(&pair, "nginx", &["-p", "8080:8080"], &[]).await;
+    let (host, client) = (pair.host(1), pair.client(1));
+    until_ready(
+        host,
+        &["curl", "-sf", "-o", "/dev/null", "http://127.0.0.1:8080/1"],
+    )
+    .await;
+    let mut idle: Vec<Browser> = (0..4).map(|_| Browser::connect(client, host)).collect();
+    for browser in &mut idle {
+        assert_eq!(browser.get(1).expect("answered"), Ok(()));
+    }
+    let enough = Arc::new(AtomicBool::new(false));
+    // The longest takes a while: it is under way in each move.
+    let busy = [&[1, 100, 10_000][..], &[10_000], &[100], &[1_000_000]].map(|files| {
+        let (mut browser, enough) = (Browser::connect(client, host), enough.clone());
+        thread::spawn(move || {
+            let mut count = 0;
+            while !enough.load(Ordering::Relaxed) {
+                for lines in files {
+                    match browser.get(*lines) {
+                        Ok(Ok(())) => count += 1,
+                        wrong => return Err(format!("after {count} answers: {wrong:?}")),
+                    }
+                }
+            }
+            Ok(count)
+        })
+    });
+    for one in WITH_FILES {
+        migrate(&pair, "nginx", one).await;
+        for browser in &mut idle {
+            assert_eq!(browser.get(100).expect("answered"), Ok(()));
+        }
+    }
+    enough.store(true, Ordering::Relaxed);
+    for browser in busy {
+        let count = browser
+            .join()
+            .expect("no panic")
+            .expect("all answers right");
+        assert!(count > 0, "no answer");
+    }
+    // All went by connections that there were from the beginning, and are in the log.
+    let log = pair.host(1).exec(&[
+        "podman",
+        "exec",
+        "nginx",
+        "/bin/busybox",
+        "cat",
+        "/var/log/nginx/access.log",
+    ]);
+    let log = log.await.stdout;
+    assert!(log.lines().all(|line| line.contains("\" 200 ")), "{log}");
+    assert_eq!(
+        log.lines()
+            .filter(|line| line.contains("GET /100 "))
+            .count()
+            % 2,
+        0
+    );
+    pair.down().await;
+}
+
+/// Our own program, whose members pass a number round, and check it.
+async fn ring(runtime: &str, verb: &str, members: usize, count: &str) {
+    let pair = Pair::direct(Lab::builder(2).runtime(runtime)).await;
+    let number = members.to_string();
+    let source = pair.host(1);
+    source
+        .run_workload("ring", &["-p", "7000:7000"], &[verb, &number, "7000"])
+        .await;
+    let client = pair
+        .client(1)
+        .spawn(&["client-echo", &source.ip(), "7000", "--connections", "4"])
+        .await;
+    let mut rounds = 0;
+    for one in WITHOUT_FILES {
+        let before = pair
+            .client(1)
+            .ask(pair.host(one.0).address(), 7000, "ring")
+            .await;
+        migrate(&pair, "ring", one).await;
+        let after = loop {
+            let after = pair
+                .client(1)
+                .ask(pair.host(one.1).address(), 7000, "ring")
+                .await;
+            if after["rounds"].as_u64() > before["rounds"].as_u64().map(|rounds| rounds + 100) {
+                break after;
+            }
+        };
+        assert_eq!(after["wrong"], 0, "{after}");
+        assert_eq!(after["members"], members, "{after}");
+        rounds = after["rounds"].as_u64().expect("a number");
+        let counted = pair
+            .host(one.1)
+            .exec(&["podman", "exec", "ring", "/bin/sh", "-c", count])
+            .await;
+        assert!(
+            counted.text().parse::<usize>().expect("a number") > members,
+            "{counted}"
+        );
+    }
+    println!("{verb}: {rounds} rounds of {members}");
+    assert_went_on(&client.stop().await, 4);
+    pair.down().await;
+}
+
+#[tokio::test]
+async fn threads_wait_for_each_other() {
+    ring("runc", "threads", 40, "ls /proc/1/task | wc -l").await;
+}
+
+#[tokio::test]
+async fn processes_wait_for_each_other() {
+    ring("crun", "processes", 20, "ls -d /proc/[0-9]* | wc -l").await;
 }
