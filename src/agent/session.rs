@@ -31,6 +31,7 @@ use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
 use crate::criu::Freezer;
+use crate::criu::pages::Layout;
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
@@ -1004,7 +1005,9 @@ async fn let_in(journal: &Journal) -> Result<(), Error> {
 async fn take_pages(session: &Session, body: Body) -> Result<Nothing, Error> {
     let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
     let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
-    shell.take_pages(pages).await?;
+    let criu = &session.offer.features.criu;
+    let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
+    shell.take_pages(pages, Layout::of(criu.version)).await?;
     Ok(Nothing {})
 }
 

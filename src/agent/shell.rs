@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::bundle::{self, Limits, TreeId};
+use crate::criu::pages::Layout;
 use crate::criu::pages::writer::PageWriter;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::dump::CriuOptions;
@@ -114,11 +115,11 @@ impl Shell {
     /// # Errors
     /// Those of the stream; [`crate::criu::Error::Pages`] if it is not CRIU's, and
     /// [`crate::criu::Error::Write`] if there is no room.
-    pub async fn take_pages<S>(&self, pages: S) -> Result<(), Error>
+    pub async fn take_pages<S>(&self, pages: S, layout: Layout) -> Result<(), Error>
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send,
     {
-        let mut writer = PageWriter::new(&self.images);
+        let mut writer = PageWriter::new(&self.images, layout);
         let mut pages = std::pin::pin!(pages);
         while let Some(piece) = pages.try_next().await? {
             // Into memory, which does not wait.

@@ -6,26 +6,52 @@
 //! destination's memory, and lies nowhere in between.
 //!
 //! # The protocol
-//! (`criu/page-xfer.c`.) Commands of 24 bytes, all numbers in the machine's byte order, here least significant
-//! byte first: the command (16 bits) and its flags (16), a number of pages (32), an address (64), and
-//! which memory it is part of (64: a type in the lowest 8, then a number). After an addition whose flags
-//! say that the pages are present come the pages. CRIU waits for an answer after opening, after asking for
-//! a parent, and at the end; the relay gives it, so none has to cross.
+//! (`struct page_server_iov` in `criu/page-xfer.c`.) Commands in the machine's byte order, here least
+//! significant byte first: the command (16 bits) and its flags (16), a number of pages, an address (64),
+//! and which memory it is part of (64: a type in the lowest 8, then a number). The number of pages has 32
+//! bits, and from CRIU 4.2 on 64 ([`Layout`]). After an addition whose flags say that the pages are present
+//! come the pages. CRIU waits for an answer after opening, after asking for a parent, and at the end; the
+//! relay gives it, so none has to cross.
 
 pub mod relay;
 pub mod writer;
 
-use super::{Error, Result};
+use super::{Error, Result, Version};
 
 /// The size of a page. (`PAGE_SIZE` of the architectures that CRIU runs on is 4 KiB in most kernels.)
 pub(super) fn page_size() -> u64 {
     rustix::param::page_size() as u64
 }
 
-/// How long a command is, in bytes.
-const COMMAND: usize = 24;
 /// No run of pages that CRIU sends is longer, in pages: 1 TiB.
-const MOST_PAGES: u32 = 1 << 28;
+const MOST_PAGES: u64 = 1 << 28;
+
+/// How commands are laid out, which the version of the CRIU that sends them says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Numbers of pages have 32 bits.
+    Narrow,
+    /// They have 64, and begin at a multiple of 8 bytes.
+    Wide,
+}
+
+impl Layout {
+    /// That of this version of CRIU.
+    pub fn of(criu: Version) -> Layout {
+        match criu < Version::new(4, 2) {
+            true => Layout::Narrow,
+            false => Layout::Wide,
+        }
+    }
+
+    /// How long a command is, in bytes.
+    fn length(self) -> usize {
+        match self {
+            Layout::Narrow => 24,
+            Layout::Wide => 32,
+        }
+    }
+}
 
 /// What a command says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +79,7 @@ enum Memory {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Run {
     address: u64,
-    pages: u32,
+    pages: u64,
     flags: u32,
 }
 
@@ -65,8 +91,9 @@ enum Seen<'a> {
 }
 
 /// Reads a stream of pages, however it is cut.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Reader {
+    layout: Layout,
     /// A command of which a part has come.
     command: Vec<u8>,
     /// How many bytes of pages are still to come before the next command.
@@ -75,6 +102,15 @@ struct Reader {
 }
 
 impl Reader {
+    fn new(layout: Layout) -> Reader {
+        Reader {
+            layout,
+            command: Vec::new(),
+            left: 0,
+            ended: false,
+        }
+    }
+
     /// Shows what is in the next piece.
     fn read<'a>(
         &mut self,
@@ -95,13 +131,14 @@ impl Reader {
             if self.ended {
                 return Err(Error::Pages("something follows the end"));
             }
-            let missing = COMMAND - self.command.len();
+            let missing = self.layout.length() - self.command.len();
             let (part, rest) = piece.split_at(missing.min(piece.len()));
             self.command.extend_from_slice(part);
             piece = rest;
-            if let Ok(bytes) = <[u8; COMMAND]>::try_from(self.command.as_slice()) {
+            if self.command.len() == self.layout.length() {
+                let command = Command::read(&self.command, self.layout);
+                let command = command.ok_or(Error::Pages("an unknown command"))?;
                 self.command.clear();
-                let command = Command::read(&bytes).ok_or(Error::Pages("an unknown command"))?;
                 match command {
                     Command::Add(_, run) => self.left = run.content(),
                     Command::Close => self.ended = true,
@@ -122,7 +159,7 @@ impl Run {
     fn content(self) -> u64 {
         match self.flags & Run::PRESENT {
             0 => 0,
-            _ => u64::from(self.pages) * page_size(),
+            _ => self.pages * page_size(),
         }
     }
 }
@@ -140,16 +177,17 @@ impl Memory {
 
 impl Command {
     /// Reads one; nothing if it is none that CRIU sends while it dumps.
-    fn read(bytes: &[u8; COMMAND]) -> Option<Command> {
-        let number = |from: usize, bytes: &[u8]| -> u64 {
-            let part = bytes.iter().skip(from).take(8).rev();
-            part.fold(0, |number, byte| number << 8 | u64::from(*byte))
+    fn read(bytes: &[u8], layout: Layout) -> Option<Command> {
+        let number = |from: usize, length: usize| -> Option<u64> {
+            let part = bytes.get(from..from + length)?.iter().rev();
+            Some(part.fold(0, |number, byte| number << 8 | u64::from(*byte)))
         };
-        let first = number(0, &bytes[..8]);
-        // The halves of the first eight bytes.
-        let (word, pages) = (first as u32, (first >> 32) as u32);
-        let (command, flags) = (word & 0xffff, word >> 16);
-        let memory = Memory::read(number(16, bytes));
+        let (command, flags) = (number(0, 2)?, number(2, 2)?);
+        let (pages, address, memory) = match layout {
+            Layout::Narrow => (number(4, 4)?, number(8, 8)?, number(16, 8)?),
+            Layout::Wide => (number(8, 8)?, number(16, 8)?, number(24, 8)?),
+        };
+        let memory = Memory::read(memory);
         // `PS_IOV_OPEN2`, `PS_IOV_PARENT`, `PS_IOV_ADD_F`, `PS_IOV_CLOSE`, `PS_IOV_FORCE_CLOSE`.
         match command {
             4 => memory.map(Command::Open),
@@ -157,9 +195,10 @@ impl Command {
             6 if pages <= MOST_PAGES => Some(Command::Add(
                 memory?,
                 Run {
-                    address: number(8, &bytes[..16]),
+                    address,
                     pages,
-                    flags,
+                    // 16 bits.
+                    flags: flags as u32,
                 },
             )),
             0x1023 | 0x1024 => Some(Command::Close),
@@ -172,43 +211,51 @@ impl Command {
 mod tests {
     use super::*;
 
-    /// As CRIU 4.2 sends it.
-    pub(super) fn command(word: u32, pages: u32, address: u64, memory: u64) -> [u8; COMMAND] {
-        let mut bytes = [0; COMMAND];
-        bytes[..4].copy_from_slice(&word.to_le_bytes());
-        bytes[4..8].copy_from_slice(&pages.to_le_bytes());
-        bytes[8..16].copy_from_slice(&address.to_le_bytes());
-        bytes[16..].copy_from_slice(&memory.to_le_bytes());
+    /// As CRIU sends it.
+    pub(super) fn command(
+        layout: Layout,
+        word: u32,
+        pages: u64,
+        address: u64,
+        memory: u64,
+    ) -> Vec<u8> {
+        let mut bytes = word.to_le_bytes().to_vec();
+        match layout {
+            Layout::Narrow => bytes.extend((pages as u32).to_le_bytes()),
+            // The compiler's gap in front of a number of 64 bits.
+            Layout::Wide => bytes.extend([&[0xaa; 4][..], &pages.to_le_bytes()].concat()),
+        }
+        bytes.extend([address, memory].map(u64::to_le_bytes).concat());
         bytes
     }
 
     #[test]
     fn commands_are_read() {
-        let open = Command::read(&command(4, 0, 0, 7 << 8 | 1));
-        assert_eq!(open, Some(Command::Open(Memory::Process(7))));
-        let run = Run {
-            address: 0x7f00_1234_5000,
-            pages: 3,
-            flags: Run::PRESENT,
-        };
-        let add = Command::read(&command(6 | 4 << 16, 3, run.address, 9 << 8 | 2));
-        assert_eq!(add, Some(Command::Add(Memory::Shared(9), run)));
-        assert_eq!(run.content(), 3 * page_size());
-        assert_eq!(
-            Command::read(&command(0x1023, 0, 0, 0)),
-            Some(Command::Close)
-        );
+        for layout in [Layout::Narrow, Layout::Wide] {
+            let read = |word, pages, address, memory| {
+                Command::read(&command(layout, word, pages, address, memory), layout)
+            };
+            let open = Command::Open(Memory::Process(7));
+            assert_eq!(read(4, 0, 0, 7 << 8 | 1), Some(open));
+            let run = Run {
+                address: 0x7f00_1234_5000,
+                pages: 3,
+                flags: Run::PRESENT,
+            };
+            let add = Command::Add(Memory::Shared(9), run);
+            assert_eq!(read(6 | 4 << 16, 3, run.address, 9 << 8 | 2), Some(add));
+            assert_eq!(run.content(), 3 * page_size());
+            assert_eq!(read(0x1023, 0, 0, 0), Some(Command::Close));
+            // An unknown command, an unknown kind of memory, a run without an end.
+            for (word, pages, memory) in [(7, 0, 1), (4, 0, 3), (6, u64::MAX, 1)] {
+                assert_eq!(read(word, pages, 0, memory), None);
+            }
+        }
     }
 
     #[test]
-    fn others_are_none() {
-        // An unknown command, an unknown kind of memory, a run without an end.
-        for bytes in [
-            command(7, 0, 0, 1),
-            command(4, 0, 0, 3),
-            command(6, u32::MAX, 0, 1),
-        ] {
-            assert_eq!(Command::read(&bytes), None);
-        }
+    fn the_version_says_which_layout() {
+        assert_eq!(Layout::of(Version::new(4, 1)), Layout::Narrow);
+        assert_eq!(Layout::of(Version::new(4, 2)), Layout::Wide);
     }
 }

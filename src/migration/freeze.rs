@@ -16,6 +16,7 @@ use super::shell::Shell;
 use super::{Migration, steer};
 use crate::agent::protocol::{MigrationId, Nothing};
 use crate::bundle::{self, Changes, Compression, DeltaFile, Layers, Pace};
+use crate::criu::pages::Layout;
 use crate::criu::pages::relay::Relay;
 use crate::podman::{CheckpointOptions, Chunks, Client, Container, FailureLog, failure_log};
 use crate::runtime::Invocation;
@@ -74,8 +75,11 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
             let staging = staging(&migration.request.config)?;
             let mirror = migration.mirror.take().ok_or(Error::OutOfOrder("mirror"))?;
             let changes = mirror.file(Pace::Frozen, staging);
+            let criu = &migration.preflight.offer.features.criu;
+            let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
+            let layout = Layout::of(criu.version);
             let within = migration.request.config.shell_timeout;
-            let dump = dump(shell, &migration.id, within);
+            let dump = dump(shell, &migration.id, &migration.request.to, layout, within);
             let (dumped, changes, flows) = futures::join!(dump, changes, mark);
             let frozen = dumped.and_then(|bytes| {
                 migration.bytes_frozen += bytes;
@@ -93,16 +97,23 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
 
 /// Has the runtime take the container's state, as Podman would have it: its memory goes straight to the
 /// destination, the rest into a directory. It stays frozen, and complete. Returns how many bytes have gone.
-async fn dump(shell: &mut Shell, migration: &MigrationId, within: Duration) -> Result<u64> {
-    let relay = Relay::listen().await?;
+async fn dump(
+    shell: &mut Shell,
+    migration: &MigrationId,
+    destination: &str,
+    layout: Layout,
+    within: Duration,
+) -> Result<u64> {
+    let relay = Relay::listen(layout).await?;
     let options = relay
         .options()
         .into_iter()
         .fold(CriuOptions::packets_are_held(), CriuOptions::with);
-    let dumped = CancellationToken::new();
+    let failed = CancellationToken::new();
     // Where there was no dump nobody ends the stream, and the destination takes it for cut off.
-    let given_up = dumped.clone();
-    let pages = relay.pages(false).take_until(given_up.cancelled_owned());
+    let pages = relay
+        .pages(false)
+        .take_until(failed.clone().cancelled_owned());
     let (bytes, progress) = bundle::send(pages, Compression::None);
     let path = format!("/v1/migrations/{migration}/pages");
     let send = shell
@@ -116,12 +127,19 @@ async fn dump(shell: &mut Shell, migration: &MigrationId, within: Duration) -> R
             &shell.work,
             &options,
         );
-        ended.await.inspect_err(|_| dumped.cancel())
+        ended.await.inspect_err(|_| failed.cancel())
     };
-    let (dumped, sent) = futures::join!(dump, send);
-    dumped?;
-    let Nothing {} = sent?;
-    Ok(progress.wire())
+    // Whichever fails first makes the other fail as well, and is the reason.
+    let send = async { (send.await, failed.is_cancelled()) };
+    let (dumped, (sent, failed_before)) = futures::join!(dump, send);
+    match sent {
+        Err(error) if !failed_before => Err(Error::of_host(destination)(error)),
+        sent => {
+            dumped?;
+            let Nothing {} = sent?;
+            Ok(progress.wire())
+        }
+    }
 }
 
 /// Runs the runtime's checkpoint.

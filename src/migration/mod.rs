@@ -264,7 +264,7 @@ impl<'a> Migration<'a> {
     async fn roll_back(mut self, cause: Error) -> Error {
         let phase = self.clock.phase();
         self.clock.observer.observe(Event::RollingBack {
-            cause: cause.to_string(),
+            cause: cause.full(),
         });
         let outcome = undo::unwind(&mut self.hands, &self.journal, self.clock.observer).await;
         match outcome {

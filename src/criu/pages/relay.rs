@@ -7,7 +7,7 @@ use futures::Stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{Command, Reader, Seen};
+use super::{Command, Layout, Reader, Seen};
 use crate::criu::{Error, Result};
 use crate::netlink::Namespace;
 use crate::netlink::sockets::Diagnosis;
@@ -20,18 +20,23 @@ const PIECE: usize = 1 << 20;
 pub struct Relay {
     listener: TcpListener,
     address: SocketAddr,
+    layout: Layout,
 }
 
 impl Relay {
-    /// Begins to listen.
+    /// Begins to listen to a CRIU that lays its commands out like this.
     ///
     /// # Errors
     /// When no port can be had.
-    pub async fn listen() -> Result<Relay> {
+    pub async fn listen(layout: Layout) -> Result<Relay> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await;
         let listener = listener.map_err(Error::Relay)?;
         let address = listener.local_addr().map_err(Error::Relay)?;
-        Ok(Relay { listener, address })
+        Ok(Relay {
+            listener,
+            address,
+            layout,
+        })
     }
 
     /// What CRIU has to be told, line by line, as in criu(8) without the dashes.
@@ -77,7 +82,7 @@ impl Relay {
                     return Ok(Talk {
                         stream,
                         has_parent,
-                        reader: Reader::default(),
+                        reader: Reader::new(self.layout),
                         buffer: BytesMut::new(),
                     });
                 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use prost::Message;
 
-use super::{Command, Memory, Reader, Run, Seen};
+use super::{Command, Layout, Memory, Reader, Run, Seen};
 use crate::criu::{Error, Result};
 
 /// `IMG_COMMON_MAGIC` and `PAGEMAP_MAGIC` of CRIU's `magic.h`.
@@ -29,10 +29,10 @@ pub struct PageWriter {
 }
 
 impl PageWriter {
-    /// Writes into this directory.
-    pub fn new(directory: &Path) -> PageWriter {
+    /// Writes into this directory what a CRIU sends that lays its commands out like this.
+    pub fn new(directory: &Path, layout: Layout) -> PageWriter {
         PageWriter {
-            reader: Reader::default(),
+            reader: Reader::new(layout),
             images: Images {
                 directory: directory.to_owned(),
                 memories: BTreeMap::new(),
@@ -164,10 +164,10 @@ impl Image {
         self.entry(&Entry {
             address: run.address,
             // What CRIU had before it had the field below.
-            pages: run.pages,
+            pages: u32::try_from(run.pages).unwrap_or(u32::MAX),
             in_parent: None,
             flags: Some(run.flags),
-            many_pages: Some(u64::from(run.pages)),
+            many_pages: Some(run.pages),
         })
     }
 
@@ -207,16 +207,20 @@ struct Entry {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::tests::command;
-    use super::super::{COMMAND, page_size};
+    use super::super::page_size;
+    use super::super::tests::command as laid_out;
     use super::*;
 
     const PROCESS: u64 = 1 << 8 | 1;
     const PRESENT: u32 = 6 | Run::PRESENT << 16;
 
+    fn command(word: u32, pages: u64, address: u64, memory: u64) -> Vec<u8> {
+        laid_out(Layout::Wide, word, pages, address, memory)
+    }
+
     fn written(stream: &[u8], cut: usize) -> Result<(tempfile::TempDir, u64)> {
         let directory = tempfile::tempdir().unwrap();
-        let mut writer = PageWriter::new(directory.path());
+        let mut writer = PageWriter::new(directory.path(), Layout::Wide);
         for piece in stream.chunks(cut.max(1)) {
             writer.feed(piece)?;
         }
@@ -224,15 +228,15 @@ mod tests {
         Ok((directory, bytes))
     }
 
-    fn close() -> [u8; COMMAND] {
+    fn close() -> Vec<u8> {
         command(0x1023, 0, 0, 0)
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn pages_are_written_however_the_stream_is_cut(runs in proptest::collection::vec((1u32..4, any::<bool>()), 0..6), cut in 1usize..9000) {
-            let mut stream = command(4, 0, 0, PROCESS).to_vec();
+        fn pages_are_written_however_the_stream_is_cut(runs in proptest::collection::vec((1u64..4, any::<bool>()), 0..6), cut in 1usize..9000) {
+            let mut stream = command(4, 0, 0, PROCESS);
             let mut content = Vec::new();
             for (place, (pages, present)) in runs.iter().enumerate() {
                 let word = if *present { PRESENT } else { 6 | 1 << 16 };
@@ -259,7 +263,7 @@ mod tests {
             prop_assert_eq!(Head::decode(entries[0]).unwrap().pages_id, 65536);
             prop_assert_eq!(entries.len(), runs.len() + 1);
             for ((pages, _), entry) in runs.iter().zip(&entries[1..]) {
-                prop_assert_eq!(Entry::decode(*entry).unwrap().pages, *pages);
+                prop_assert_eq!(Entry::decode(*entry).unwrap().many_pages, Some(*pages));
             }
         }
     }
@@ -269,7 +273,7 @@ mod tests {
         let open = command(4, 0, 0, PROCESS);
         let add = command(PRESENT, 1, 0, PROCESS);
         let cases: [(&str, Vec<u8>); 6] = [
-            ("no end", open.to_vec()),
+            ("no end", open.clone()),
             ("cut in a command", [&open[..], &open[..3]].concat()),
             ("pages missing", [&open[..], &add, &close()].concat()),
             ("a memory that is not open", [&add[..], &close()].concat()),
