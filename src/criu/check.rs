@@ -97,6 +97,8 @@ codes! {
     StorageDriver = "storage-driver",
     /// A volume is no plain directory.
     VolumeDriver = "volume-driver",
+    /// The root directory of a volume will have another owner or mode.
+    VolumeRoot = "volume-root",
     /// A mount has a writable layer of its own.
     OverlayMount = "overlay-mount",
     /// An image is mounted into the container.

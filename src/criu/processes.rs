@@ -296,6 +296,17 @@ fn files(process: &Path) -> Result<Vec<Obstacle>> {
     Ok(found)
 }
 
+/// Whether one of the processes works in this directory or has it open. It is named as they see it.
+pub fn are_in(directory: &Path, pids: &[u32], proc: &Path) -> bool {
+    let at = |link: PathBuf| std::fs::read_link(link).is_ok_and(|to| to == directory);
+    pids.iter().any(|pid| {
+        let process = proc.join(pid.to_string());
+        let files = std::fs::read_dir(process.join("fd"));
+        let mut open = files.into_iter().flatten().flatten();
+        at(process.join("cwd")) || open.any(|entry| at(entry.path()))
+    })
+}
+
 /// Protocols of which CRIU dumps no sockets, as the kernel names them (`can_dump_ipproto` in CRIU's
 /// sk-inet.c, `dump_socket` in its sockets.c).
 const PROTOCOLS: &[&str] = &[
@@ -411,6 +422,18 @@ mod tests {
         assert_eq!(obstacles(&[1, 2, 3], at).expect("read"), [traced]);
         status("self", &format!("{ROOT}CapEff:\t000001fffeffffff\n"));
         assert_eq!(obstacles(&[1, 2], at).expect("read").len(), 1);
+    }
+
+    #[test]
+    fn a_directory_that_is_worked_in_is_found() {
+        let proc = tempfile::tempdir().expect("a directory");
+        let at = proc.path();
+        plain(at, &["1", "2", "3"]);
+        symlink("/data", at.join("2/cwd")).expect("linked");
+        symlink("/data", at.join("3/fd/9")).expect("linked");
+        let data = Path::new("/data");
+        let found = [[1, 99], [1, 2], [1, 3]].map(|pids| are_in(data, &pids, at));
+        assert_eq!(found, [false, true, true]);
     }
 
     #[test]
