@@ -54,6 +54,21 @@ test: prepare ## all tests (root: hosts are made of namespaces)
 demo: prepare ## watch a container move while a client talks to it (root)
 	cargo bench --bench demo
 
+# Optimised, since what they run is emulated. VM_PROFILE=dev takes what `make test` has built.
+VM_PROFILE ?= bench
+
+.PHONY: prepare-vm
+prepare-vm: prepare ## build and cache what test-vm and demo-vm need besides
+	tests/vm/vm prepare
+
+.PHONY: test-vm
+test-vm: prepare-vm ## migrations between two emulated machines: kernel WireGuard, nftables' queue, soft-dirty (root)
+	cargo bench --profile $(VM_PROFILE) --bench vm -- test
+
+.PHONY: demo-vm
+demo-vm: prepare-vm ## one of them, step by step (root)
+	cargo bench --profile $(VM_PROFILE) --bench vm -- demo
+
 # Optimised, each prints its table and writes target/bench/NAME.json. About 40 minutes in all; for
 # figures that mean something, on a machine that does nothing else. All are run, also when one of them
 # falls short of what is asked of it, which the exit status then says.
@@ -99,6 +114,7 @@ lint: ## formatting, clippy, documentation: no warnings
 	cargo fmt --check
 	rustfmt --edition 2024 --check tests/lab/workload.rs
 	bash -n $(LAB)
+	bash -n tests/vm/vm
 	cargo clippy --all-targets -- $(DENY)
 	cargo clippy --no-default-features -- $(DENY)
 	RUSTDOCFLAGS="$(DENY)" cargo doc --no-deps --document-private-items

@@ -65,6 +65,17 @@ pub enum Error {
         /// How many bytes of packets may wait.
         bytes: u64,
     },
+    /// It would take too long.
+    #[error(
+        "so much memory is written to that the container would stand still for {} ms or more, and {} are allowed",
+        expected.as_millis(), budget.as_millis()
+    )]
+    OverBudget {
+        /// How long its memory would take.
+        expected: std::time::Duration,
+        /// How long it may stand still.
+        budget: std::time::Duration,
+    },
     /// A step failed, and what came before it was undone.
     #[error("{}; {}", with_sources(cause.as_ref()), aftermath(leftovers))]
     RolledBack {
@@ -281,6 +292,7 @@ impl Error {
             Error::Interrupted(_) => "interrupted",
             Error::Rehearsed(_) => "rehearsed",
             Error::HoldFull { .. } => "hold-full",
+            Error::OverBudget { .. } => "over-budget",
             Error::RolledBack { cause, .. } => cause.code(),
             Error::InDoubt { .. } => "in-doubt",
             Error::Podman(error) if error.is_not_found() => "not-found",
@@ -337,6 +349,11 @@ impl Error {
                 Some("the last phase that can be rehearsed is restore".to_owned())
             }
             Error::Busy { .. } => Some("wait for it to end, or stop that process".to_owned()),
+            Error::OverBudget { .. } => Some(
+                "try again when less is written to, allow more with --max-downtime, go on anyway with \
+                 --when-over go-on, or use --post-copy"
+                    .to_owned(),
+            ),
             Error::HoldFull { .. } => Some(
                 "try again when less is sent, allow more with --hold-packets and --hold-mib, or let \
                  the newest be dropped with --when-full drop"

@@ -337,6 +337,16 @@ async fn what_is_taken_at_the_destination() {
     assert!(program.is_running());
     program.stop().await;
 
+    // As on a host that has never had a container.
+    destination
+        .exec(&["sysctl", "-w", "net.ipv4.ip_forward=0"])
+        .await;
+    let next = "sysctl -w net.ipv4.ip_forward=1";
+    refuse("not-forwarding", &["net.ipv4.ip_forward is 0"], next).await;
+    destination
+        .exec(&["sysctl", "-w", "net.ipv4.ip_forward=1"])
+        .await;
+
     let address = pair
         .host(1)
         .exec(&[

@@ -351,6 +351,35 @@ impl Connection {
         }
     }
 
+    /// Sends a stream and receives one at the same time, for as long as either lasts. The head of the answer
+    /// must come within [`Limits::answer`]; then both have only the stall time-out.
+    ///
+    /// Nothing else can be asked on this connection any more.
+    ///
+    /// # Errors
+    /// As [`Connection::call`].
+    pub async fn exchange<S, E>(&mut self, method: Method, path: &str, stream: S) -> Result<Body>
+    where
+        S: Stream<Item = Result<Bytes, E>> + Send + 'static,
+        E: Into<BoxError>,
+    {
+        let body = Outgoing {
+            stream: Box::pin(stream),
+            progress: Arc::new(Progress::default()),
+            stall: self.limits.stall,
+            timer: Box::pin(tokio::time::sleep(self.limits.stall)),
+            waiting: false,
+        };
+        let (limits, driver) = (self.limits.clone(), self.driver.0.clone());
+        let exchange = async {
+            let request = self.request(method, path, HeaderMap::new(), body.boxed_unsync())?;
+            let response = self.send(request).await?;
+            let response = self.refuse(response).await?;
+            Ok(Body::new(response.into_body(), &self.limits))
+        };
+        bounded(limits.answer, &driver, exchange).await
+    }
+
     fn close(&mut self) {
         self.driver.0.abort();
     }

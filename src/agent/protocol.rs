@@ -12,6 +12,10 @@
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  PUT  /v1/migrations/ID/shell   bytes ──────────▶  only with the direct engine: Podman makes
 //!    │  ◀───────────────────────────────────── Nothing    the container, all but its processes
+//!    │  PUT  .../files     what they changed ──────────▶  again and again
+//!    │  ◀───────────────────────────────────── Nothing
+//!    │  PUT  .../standby    images so far ─────────────▶  the runtime runs up to CRIU
+//!    │  ◀───────────────────────────────────── Nothing
 //!    │              ── hold, freeze: the downtime begins ──
 //!    │  POST /v1/migrations/ID/hold    ────────────────▶  only if the container comes home: what
 //!    │  ◀───────────────────────────────────── Nothing    comes for it waits there, not here
@@ -19,6 +23,9 @@
 //!    │       Flows, then the container as it is dumped ▶
 //!    │  ◀───────────────────────────────────── Running    the one round trip of the downtime
 //!    │              ── release: the downtime ends ──
+//!    │  POST /v1/migrations/ID/lazy     (with post-copy: asked before the restore, and open until all is
+//!    │       pages ───────────────────────────────────▶   there) what the container touches, and then
+//!    │  ◀────────────────────────────── wanted addresses  all the rest
 //!    │  POST /v1/migrations/ID/release ────────────────▶  what waited there goes to the container
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
@@ -207,6 +214,9 @@ pub struct Prepare {
     pub offer: Offer,
     /// The source's end of the hop.
     pub hop: tunnel::Proposal,
+    /// Whether memory is fetched when the container runs already.
+    #[serde(default)]
+    pub post_copy: bool,
     /// Whether new connections for the container will come through the hop, too.
     #[serde(default)]
     pub forward: bool,
@@ -234,6 +244,12 @@ pub struct Flows {
 pub struct Running {
     /// From the last byte received to the container running.
     pub restore: Duration,
+    /// The last part of that: packets are let in to it.
+    #[serde(default)]
+    pub admit: Duration,
+    /// How long entering its flows took, before.
+    #[serde(default)]
+    pub insert: Duration,
     /// How many flows were inserted.
     pub flows: usize,
     /// Which of the flows were known there and end there again, by their places in the list.

@@ -14,8 +14,9 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use hyper::{Method, Request, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
+use tokio::net::UnixStream;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::endings::Endings;
@@ -25,7 +26,9 @@ use super::protocol::{
     Status, Undone,
 };
 use super::shell::Shell;
-use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
+use super::{
+    Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, ReplyBody, reply,
+};
 use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
@@ -83,6 +86,8 @@ struct Session {
     hold: Option<Hold>,
     /// The container without its processes, with the direct engine.
     shell: Option<Shell>,
+    /// Whether memory is fetched when the container runs.
+    post_copy: bool,
     /// Where the container's volumes are here, by name.
     volumes: BTreeMap<String, PathBuf>,
     /// The network namespace of the container that runs.
@@ -329,6 +334,28 @@ impl Sessions {
                 session.heard_of = Instant::now();
                 said(taken)
             }
+            (&Method::PUT, ["v1", "migrations", id, "standby"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let ready = self.stand_by(&mut session, body).await;
+                session.heard_of = Instant::now();
+                said(ready)
+            }
+            (&Method::POST, ["v1", "migrations", id, "lazy"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let source = source_of_memory(&mut *session.lock().await);
+                match source {
+                    Ok(source) => Ok(between(source, body)),
+                    Err(error) => said::<Nothing>(Err(error)),
+                }
+            }
+            (&Method::PUT, ["v1", "migrations", id, "rounds", round]) => {
+                let (_, session) = self.find(&caller, id)?;
+                let mut session = session.lock().await;
+                let taken = take_round(&mut session, round, body).await;
+                session.heard_of = Instant::now();
+                said(taken)
+            }
             (&Method::PUT, ["v1", "migrations", id, "pages"]) => {
                 let (_, session) = self.find(&caller, id)?;
                 let mut session = session.lock().await;
@@ -406,6 +433,7 @@ impl Sessions {
         let Prepare {
             offer,
             hop,
+            post_copy,
             forward,
         } = prepare;
         // From here on whoever wants it undone waits for this to end: a source that has crashed and
@@ -421,6 +449,7 @@ impl Sessions {
             away: None,
             hold: None,
             shell: None,
+            post_copy,
             volumes: BTreeMap::new(),
             namespace: None,
             intake: None,
@@ -657,6 +686,7 @@ impl Sessions {
             effects.push(restored(&container));
         }
         session.journal.will(effects)?;
+        let began = Instant::now();
         let home = match session.away {
             Some(_) => migration::welcome(&addresses, &flows).await?,
             None => Vec::new(),
@@ -673,6 +703,7 @@ impl Sessions {
             result?;
             inserted += 1;
         }
+        let insert = began.elapsed();
         let ended = match &mut session.shell {
             Some(shell) => {
                 let changes = shell.take_images(archive).await?;
@@ -695,6 +726,7 @@ impl Sessions {
             .namespace
             .clone()
             .ok_or(Error::OutOfOrder("namespace"))?;
+        let runs = Instant::now();
         if container.networks.is_empty() {
             switch_on_loopback(&namespace).await?;
         }
@@ -707,6 +739,8 @@ impl Sessions {
         migration::change_forwarding(&self.config, &mut session.journal, after).await?;
         Ok(Running {
             restore: ended.elapsed(),
+            admit: runs.elapsed(),
+            insert,
             flows: inserted,
             home,
         })
@@ -781,6 +815,17 @@ impl Sessions {
         Ok((archive.boxed(), verdict))
     }
 
+    /// Has the runtime of the container that waits come as far as it can.
+    async fn stand_by(&self, session: &mut Session, body: Body) -> Result<Nothing, Error> {
+        let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+        let (images, _) = bundle::receive(body, Compression::None, CONTAINER);
+        let rest = shell.take_images(images.boxed()).await?;
+        // To its end, where it is known that all is as it was sent.
+        rest.try_for_each(|_| std::future::ready(Ok(()))).await?;
+        shell.stand_by(&self.config).await?;
+        Ok(Nothing {})
+    }
+
     /// Brings files into the container that waits for its processes.
     async fn take_files(&self, session: &Session, body: Body) -> Result<Nothing, Error> {
         let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
@@ -807,13 +852,21 @@ impl Sessions {
             },
             restored(&container),
         ])?;
-        let staging = migration::staging(&directory)?;
         let waiting = setup::waiting(&self.config);
         let rendezvous = Rendezvous::open(&waiting, Verb::Restore, &container.id)?;
         let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
         let (archive, verdict) = self.judged(session, content.boxed())?;
         let within = self.config.shell_timeout;
-        let made = Shell::make(&self.podman, archive, &rendezvous, staging, within).await;
+        let post_copy = session.post_copy;
+        let made = Shell::make(
+            &self.podman,
+            archive,
+            &rendezvous,
+            directory,
+            post_copy,
+            within,
+        );
+        let made = made.await;
         match (made, verdict.reason()) {
             (Ok(shell), _) => {
                 session.shell = Some(shell);
@@ -1001,14 +1054,47 @@ async fn let_in(journal: &Journal) -> Result<(), Error> {
     Ok(())
 }
 
+/// Where the memory of a container comes from that is fetched when it runs.
+fn source_of_memory(session: &mut Session) -> Result<UnixStream, Error> {
+    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    shell.source()
+}
+
+/// Passes on what a request brings to a socket, and what comes out of that as the answer.
+fn between(socket: UnixStream, body: Body) -> Response<ReplyBody> {
+    let (out, mut into) = socket.into_split();
+    tokio::spawn(async move {
+        let mut body = StreamReader::new(body.map_err(std::io::Error::other));
+        if let Err(error) = tokio::io::copy(&mut body, &mut into).await {
+            tracing::warn!(%error, "memory does not come any more");
+        }
+    });
+    reply::stream(ReaderStream::new(out))
+}
+
+/// Takes memory of the container that still runs at its source.
+async fn take_round(session: &mut Session, number: &str, body: Body) -> Result<Nothing, Error> {
+    let layout = layout(session)?;
+    let number = number.parse().map_err(|_| Error::OutOfOrder("number"))?;
+    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
+    shell.take_round(number, pages, layout).await?;
+    Ok(Nothing {})
+}
+
 /// Takes the memory of the container that waits for its processes.
 async fn take_pages(session: &Session, body: Body) -> Result<Nothing, Error> {
     let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
     let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
+    shell.take_pages(pages, layout(session)?).await?;
+    Ok(Nothing {})
+}
+
+/// How the source's CRIU lays out what it sends.
+fn layout(session: &Session) -> Result<Layout, Error> {
     let criu = &session.offer.features.criu;
     let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
-    shell.take_pages(pages, Layout::of(criu.version)).await?;
-    Ok(Nothing {})
+    Ok(Layout::of(criu.version))
 }
 
 /// Removes the memory that the container has been restored from.

@@ -4,23 +4,32 @@
 //! in the end are CRIU's images, with which the real runtime is run.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{Stream, TryStreamExt};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::bundle::{self, Limits, TreeId};
 use crate::criu::pages::Layout;
 use crate::criu::pages::writer::PageWriter;
+use crate::migration;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
-use crate::runtime::dump::CriuOptions;
-use crate::runtime::{Arrived, Invocation, Outcome, Rendezvous};
-use crate::{Error, runtime};
+use crate::runtime::{
+    Arrived, CriuOption, Invocation, OnStandby, Outcome, Rendezvous, Standby, Verb,
+};
+use crate::{Config, Error, runtime};
 
+/// No source makes more rounds of memory than this.
+const MOST_ROUNDS: usize = 64;
 /// How long Podman may take to notice that its runtime has failed, and to say so.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 
@@ -29,11 +38,30 @@ const LAST_WORDS: Duration = Duration::from_secs(30);
 pub(super) struct Shell {
     /// The runtime, as Podman has called it. Without it the container fails.
     runtime: Option<Arrived>,
+    /// The same, with a CRIU that waits for the word.
+    standby: Option<OnItsMark>,
     /// Podman's own account of the restore.
     restoring: JoinHandle<podman::Result<Restored>>,
+    /// Whether memory is fetched when the container runs.
+    post_copy: bool,
+    /// Where the memory comes from then.
+    source: Option<UnixStream>,
+    /// What fetches it.
+    fetching: Option<Child>,
+    /// How many rounds of memory are here.
+    rounds: usize,
     trees: Trees,
+    staging: PathBuf,
     images: PathBuf,
     work: PathBuf,
+}
+
+/// A runtime that has come as far as it can without images.
+#[derive(Debug)]
+struct OnItsMark {
+    program: String,
+    runtime: JoinHandle<runtime::Result<Outcome>>,
+    criu: OnStandby,
 }
 
 impl Shell {
@@ -45,12 +73,14 @@ impl Shell {
         podman: &Client,
         archive: S,
         rendezvous: &Rendezvous,
-        staging: (PathBuf, PathBuf),
+        staging: PathBuf,
+        post_copy: bool,
         within: Duration,
     ) -> Result<Shell, Error>
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send + 'static,
     {
+        let (images, work) = migration::staging(&staging)?;
         let podman = podman.clone();
         let mut restoring = tokio::spawn(async move {
             let options = RestoreOptions {
@@ -62,13 +92,18 @@ impl Shell {
             };
             podman.restore(archive, &options).await
         });
-        let (images, work) = staging;
         tokio::select! {
             arrived = rendezvous.arrival(within) => {
                 let runtime = arrived?;
                 Ok(Shell {
                     trees: Trees::of(runtime.invocation())?,
                     runtime: Some(runtime),
+                    standby: None,
+                    post_copy,
+                    source: None,
+                    fetching: None,
+                    rounds: 0,
+                    staging,
                     restoring,
                     images,
                     work,
@@ -110,7 +145,40 @@ impl Shell {
         Ok(())
     }
 
-    /// Takes the pages of the container's memory.
+    /// Takes memory that is copied while the container runs at the source.
+    ///
+    /// # Errors
+    /// As [`Shell::take_pages`]; [`Error::OutOfOrder`] if it is not the next round.
+    pub async fn take_round<S>(
+        &mut self,
+        number: usize,
+        pages: S,
+        layout: Layout,
+    ) -> Result<(), Error>
+    where
+        S: Stream<Item = bundle::Result<Bytes>> + Send,
+    {
+        if number != self.rounds + 1 || number > MOST_ROUNDS {
+            return Err(Error::OutOfOrder("round before"));
+        }
+        let (directory, _) = migration::round_directories(&self.staging, number);
+        migration::make_private(&directory)?;
+        self.link_to_parent(&directory)?;
+        self.rounds = number;
+        Shell::write_pages(&directory, pages, layout).await
+    }
+
+    /// CRIU finds the round before by a link (`CR_PARENT_LINK` in `criu/include/image.h`).
+    fn link_to_parent(&self, directory: &Path) -> Result<(), Error> {
+        if self.rounds == 0 {
+            return Ok(());
+        }
+        let link = directory.join("parent");
+        let parent = format!("../round-{}", self.rounds);
+        std::os::unix::fs::symlink(parent, &link).map_err(Error::file("make", &link))
+    }
+
+    /// Takes the pages of the container's memory, or what the rounds before do not have of it.
     ///
     /// # Errors
     /// Those of the stream; [`crate::criu::Error::Pages`] if it is not CRIU's, and
@@ -119,7 +187,14 @@ impl Shell {
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send,
     {
-        let mut writer = PageWriter::new(&self.images, layout);
+        Shell::write_pages(&self.images, pages, layout).await
+    }
+
+    async fn write_pages<S>(directory: &Path, pages: S, layout: Layout) -> Result<(), Error>
+    where
+        S: Stream<Item = bundle::Result<Bytes>> + Send,
+    {
+        let mut writer = PageWriter::new(directory, layout);
         let mut pages = std::pin::pin!(pages);
         while let Some(piece) = pages.try_next().await? {
             // Into memory, which does not wait.
@@ -144,41 +219,139 @@ impl Shell {
         Ok(rest.map_err(bundle::Error::from_reader))
     }
 
-    /// Has the runtime bring the processes back. Returns the first one's number.
+    /// Starts the runtime, up to the point where CRIU has something to do.
     ///
     /// # Errors
-    /// [`Error::Restore`] with what CRIU says.
-    pub async fn restore(&mut self) -> Result<u32, Error> {
+    /// When it does not come so far.
+    pub async fn stand_by(&mut self, config: &Config) -> Result<(), Error> {
         let runtime = self
             .runtime
             .take()
             .ok_or(Error::OutOfOrder("waiting runtime"))?;
-        let call = runtime.invocation().clone();
-        let call = call
+        // A page that has been read is not needed any more: there is never a second copy of them all.
+        let memory = match self.post_copy {
+            true => CriuOption::LazyPages,
+            false => CriuOption::GiveImagesBack,
+        };
+        let options = [CriuOption::PacketsAreHeld, memory];
+        let standby = Standby::open(config, &self.work, Verb::Restore, &options)?;
+        self.link_to_parent(&self.images)?;
+        let mut call = runtime
+            .invocation()
+            .clone()
             .with_image_path(&self.images)
             .with_work_path(&self.work);
-        // A page that has been read is not needed any more: there is never a second copy of them all.
-        let options = CriuOptions::packets_are_held().with("auto-dedup");
-        let environment = options.write(&self.work.join("criu.conf"))?;
+        if self.post_copy {
+            call = call.lazily(runtime.program());
+        }
         let program = runtime.program().display().to_string();
-        match runtime.run(&call, environment).await? {
+        let environment = standby.environment();
+        let mut runtime = tokio::spawn(async move { runtime.run(&call, environment).await });
+        let criu = tokio::select! {
+            criu = standby.ready(config.shell_timeout) => criu?,
+            ended = &mut runtime => return Err(match joined(ended)? {
+                // It called another CRIU than livemig, which had nothing to restore.
+                Outcome { success: true, .. } => Error::OutOfOrder("CRIU's images"),
+                Outcome { status, .. } => self.failed(program, status),
+            }),
+        };
+        self.standby = Some(OnItsMark {
+            program,
+            runtime,
+            criu,
+        });
+        Ok(())
+    }
+
+    /// Has CRIU bring the processes back. Returns the first one's number.
+    ///
+    /// # Errors
+    /// [`Error::Restore`] with what CRIU says.
+    pub async fn restore(&mut self) -> Result<u32, Error> {
+        if let Some(source) = self.source.take() {
+            self.fetching = Some(self.fetch(source).await?);
+        }
+        let standby = self.standby.take();
+        let OnItsMark {
+            program,
+            runtime,
+            criu,
+        } = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
+        let went = criu.go().await;
+        // If CRIU has gone, its runtime says why.
+        match joined(runtime.await)? {
             Outcome {
                 success: true,
                 pid: Some(pid),
                 ..
-            } => Ok(pid),
-            Outcome { status, .. } => {
-                let said = failure_log(&self.work, FailureLog::Restore);
-                let source = runtime::Error::Failed {
-                    program,
-                    status,
-                    said: said.clone().unwrap_or_default(),
-                };
-                Err(Error::Restore {
-                    source: Box::new(source.into()),
-                    reason: said.unwrap_or_else(|| "nothing".to_owned()),
-                })
+            } => Ok(went.map(|_| pid)?),
+            Outcome { status, .. } => Err(self.failed(program, status)),
+        }
+    }
+
+    /// Opens the way by which memory comes from the source: what is written there is what the source sends,
+    /// and what is read is what the container wants.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] where none is wanted; when the system has no sockets left.
+    pub fn source(&mut self) -> Result<UnixStream, Error> {
+        if !self.post_copy || self.source.is_some() || self.fetching.is_some() {
+            return Err(Error::OutOfOrder("post-copy"));
+        }
+        let (ours, criu) = UnixStream::pair().map_err(crate::criu::Error::Relay)?;
+        self.source = Some(criu);
+        Ok(ours)
+    }
+
+    /// Starts what gives the container its memory (criu(8), `lazy-pages`), and waits until it is ready.
+    async fn fetch(&self, source: UnixStream) -> Result<Child, Error> {
+        let start = |source| runtime::Error::Start {
+            program: "criu".into(),
+            source,
+        };
+        let source = source.into_std().map_err(start)?;
+        // CRIU waits for what it reads.
+        source.set_nonblocking(false).map_err(start)?;
+        let mut criu = Command::new("criu")
+            .args([
+                "lazy-pages",
+                "--page-server",
+                "--ps-socket",
+                "0",
+                "--status-fd",
+                "1",
+            ])
+            .args(["-o", "lazy-pages.log", "-v2", "-D"])
+            .arg(&self.images)
+            .arg("-W")
+            .arg(&self.work)
+            .current_dir(&self.work)
+            .stdin(OwnedFd::from(source))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(start)?;
+        let mut ready = criu.stdout.take().ok_or(Error::OutOfOrder("pipe"))?;
+        let mut byte = [0];
+        match tokio::time::timeout(LAST_WORDS, ready.read_exact(&mut byte)).await {
+            Ok(Ok(_)) => Ok(criu),
+            _ => {
+                let status = criu.wait().await.map_err(start)?;
+                Err(self.failed("criu lazy-pages".to_owned(), status.to_string()))
             }
+        }
+    }
+
+    fn failed(&self, program: String, status: String) -> Error {
+        let said = failure_log(&self.work, FailureLog::Restore);
+        let source = runtime::Error::Failed {
+            program,
+            status,
+            said: said.clone().unwrap_or_default(),
+        };
+        Error::Restore {
+            source: Box::new(source.into()),
+            reason: said.unwrap_or_else(|| "nothing".to_owned()),
         }
     }
 
@@ -188,6 +361,17 @@ impl Shell {
     /// What Podman says if it has not.
     pub async fn recorded(self) -> Result<(), Error> {
         joined(self.restoring.await)?;
+        if let Some(mut criu) = self.fetching {
+            let status = criu.wait().await.map_err(runtime::Error::Lost)?;
+            if !status.success() {
+                return Err(runtime::Error::Failed {
+                    program: "criu lazy-pages".to_owned(),
+                    status: status.to_string(),
+                    said: format!("see {}", self.work.join("lazy-pages.log").display()),
+                }
+                .into());
+            }
+        }
         Ok(())
     }
 
@@ -195,6 +379,7 @@ impl Shell {
     pub async fn abandon(mut self) {
         // The wrapper notices, fails, and so does what Podman was asked for.
         drop(self.runtime.take());
+        drop(self.standby.take());
         if tokio::time::timeout(LAST_WORDS, &mut self.restoring)
             .await
             .is_err()

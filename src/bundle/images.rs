@@ -6,6 +6,7 @@
 //! `-`, `.` and `_` (`imgset_template` in CRIU's `criu/image-desc.c`); no other is accepted, so none leaves
 //! the directory.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -21,21 +22,21 @@ const PIECE: usize = 256 << 10;
 /// A container with more processes and sockets than fit into so many files is refused.
 const MOST_FILES: usize = 100_000;
 
-/// The files of a directory, as a stream.
+/// The files of a directory, as a stream; but none of those that have been sent already, of which it adds
+/// the others to the list.
 ///
 /// # Errors
 /// When the directory cannot be listed. The stream fails if a file cannot be read, or has a name that
 /// CRIU gives none.
-pub fn images(directory: &Path) -> Result<impl Stream<Item = Result<Bytes>> + Send + use<>> {
-    let failed = Error::image("list", directory);
-    let mut names = std::fs::read_dir(directory)
-        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
-        .map_err(failed)
-        .map(|mut names: Vec<PathBuf>| {
-            names.sort();
-            names
-        })?;
-    names.reverse();
+pub fn images(
+    directory: &Path,
+    sent: &mut BTreeSet<PathBuf>,
+) -> Result<impl Stream<Item = Result<Bytes>> + Send + use<>> {
+    let mut names: Vec<PathBuf> = std::fs::read_dir(directory)
+        .and_then(files)
+        .map_err(Error::image("list", directory))?;
+    names.retain(|name| sent.insert(name.clone()));
+    names.sort_by(|one, other| other.cmp(one));
     let outgoing = Outgoing {
         names,
         open: None,
@@ -45,6 +46,18 @@ pub fn images(directory: &Path) -> Result<impl Stream<Item = Result<Bytes>> + Se
         let piece = outgoing.next()?;
         Ok(piece.map(|piece| (piece, outgoing)))
     }))
+}
+
+/// The regular files: where there is an earlier round, a link leads to it.
+fn files(entries: std::fs::ReadDir) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            files.push(entry.path());
+        }
+    }
+    Ok(files)
 }
 
 /// Writes a stream's files into a directory, of which it makes sure that it stays below it.
@@ -154,7 +167,7 @@ mod tests {
     use super::*;
 
     async fn carried(from: &Path, to: &Path, behind: &[u8]) -> Result<u64> {
-        let pieces: Vec<Bytes> = images(from)?.try_collect().await?;
+        let pieces: Vec<Bytes> = images(from, &mut BTreeSet::new())?.try_collect().await?;
         let mut wire = pieces.concat();
         wire.extend_from_slice(behind);
         let mut reader = wire.as_slice();
@@ -185,6 +198,18 @@ mod tests {
                 prop_assert_eq!(&std::fs::read(to.path().join(name)).unwrap(), content);
             }
             prop_assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), files.len());
+        }
+    }
+
+    #[test]
+    fn what_was_sent_is_not_sent_again() {
+        let from = tempfile::tempdir().unwrap();
+        let mut sent = BTreeSet::new();
+        for (name, length) in [("a.img", 1 + 5 + 8 + 1 + 1), ("b.img", 1 + 5 + 8 + 1 + 1)] {
+            std::fs::write(from.path().join(name), b"x").unwrap();
+            let pieces = images(from.path(), &mut sent).unwrap();
+            let pieces: Vec<Bytes> = block_on(pieces.try_collect()).unwrap();
+            assert_eq!(pieces.concat().len(), length, "{name}");
         }
     }
 

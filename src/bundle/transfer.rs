@@ -136,7 +136,8 @@ impl Progress {
         *self.0.digest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add_wire(&self, bytes: usize) {
+    /// So many bytes more have gone.
+    pub(crate) fn add_wire(&self, bytes: usize) {
         self.0.wire.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 

@@ -74,6 +74,10 @@ codes! {
     KernelOlderAtDestination = "kernel-older-at-destination",
     /// The engine that was asked for is not set up.
     EngineUnavailable = "engine-unavailable",
+    /// Memory cannot be fetched after the move.
+    PostCopyUnavailable = "post-copy-unavailable",
+    /// A container whose memory is fetched after the move depends on both hosts until it is there.
+    PostCopyRisk = "post-copy-risk",
     /// livemig or Podman does not run as root.
     Rootless = "rootless",
 
@@ -121,6 +125,8 @@ codes! {
     ImageNameTaken = "image-name-taken",
     /// The container's network cannot be made at the destination.
     SubnetTaken = "subnet-taken",
+    /// The destination forwards no packets.
+    NotForwarding = "not-forwarding",
     /// The destination's network of that name has other subnets.
     SubnetMismatch = "subnet-mismatch",
     /// The container's address is taken at the destination.

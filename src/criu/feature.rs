@@ -54,7 +54,8 @@ pub struct Criu {
     /// Memory that changed between rounds can be told (`mem_dirty_track`: soft-dirty bits), so
     /// there can be pre-copy.
     pub dirty_tracking: bool,
-    /// Memory can be fetched after the restore (`uffd-noncoop`), so there can be post-copy.
+    /// Memory can be fetched after the restore (`uffd-noncoop`, and pipes that are large enough), so there
+    /// can be post-copy.
     pub lazy_pages: bool,
     /// Memory is scanned by one system call (`pagemap_scan`), which is quick.
     pub pagemap_scan: bool,
@@ -145,6 +146,7 @@ async fn criu() -> Option<Criu> {
         feature("pagemap_scan"),
         feature("network_lock_nftables"),
     );
+    let lazy_pages = lazy_pages && pipes_are_large();
     let complaint = match general {
         None => Some("`criu check` did not answer".to_owned()),
         Some(Answer { success: true, .. }) => None,
@@ -158,6 +160,21 @@ async fn criu() -> Option<Criu> {
         pagemap_scan,
         nftables_lock,
     })
+}
+
+/// Whether CRIU can have the pipes through which it serves memory later (`pipe_read_dest_init` in
+/// `criu/page-pipe.c`: 4 MiB). If it cannot, it fails when the container runs at the destination already.
+fn pipes_are_large() -> bool {
+    const WANTED: u64 = 4 << 20;
+    /// `CAP_SYS_RESOURCE` of `linux/capability.h`: no bound holds.
+    const SYS_RESOURCE: u64 = 1 << 24;
+    let number = |text: &str, radix| u64::from_str_radix(text.trim(), radix).unwrap_or(0);
+    let text =
+        |path: &str| String::from_utf8_lossy(&bounded(Path::new(path), 64 << 10)).into_owned();
+    let status = text("/proc/self/status");
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    number(&text("/proc/sys/fs/pipe-max-size"), 10) >= WANTED
+        || number(capabilities.unwrap_or("0"), 16) & SYS_RESOURCE != 0
 }
 
 /// The last lines that say what is wrong.

@@ -44,6 +44,16 @@ impl Layout {
         }
     }
 
+    /// The question whether the memory of process 0, which there is none of, has a parent.
+    fn has_parent(self) -> Vec<u8> {
+        const HAS_PARENT: u8 = 5;
+        const OF_A_PROCESS: u8 = 1;
+        let mut command = vec![0; self.length()];
+        command[0] = HAS_PARENT;
+        command[self.length() - 8] = OF_A_PROCESS;
+        command
+    }
+
     /// How long a command is, in bytes.
     fn length(self) -> usize {
         match self {

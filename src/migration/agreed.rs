@@ -120,6 +120,10 @@ impl Agreed<'_> {
             "mounts",
         ] {
             for path in texts(&config[field]) {
+                // Logs that go to the journal, or nowhere, have none; else Podman gives them a file of its own.
+                if field == "logpath" && path.is_empty() {
+                    continue;
+                }
                 let path = Path::new(path);
                 if !is_own(path, container, host) {
                     return Err(format!(
@@ -570,6 +574,15 @@ mod tests {
     }
 
     #[test]
+    fn logs_may_go_to_the_journal() {
+        let scene = Scene::set();
+        let mut config = scene.read(CONFIG);
+        set(&mut config, "/logPath", json!(""));
+        set(&mut config, "/logDriver", json!("journald"));
+        assert_eq!(scene.judge(&config, &scene.read(SPEC)), Ok(()));
+    }
+
+    #[test]
     fn whatever_was_not_offered_is_refused() {
         let scene = Scene::set();
         let (config, spec) = (scene.read(CONFIG), scene.read(SPEC));
@@ -584,6 +597,7 @@ mod tests {
             ("/createNetNS", json!(false)),
             ("/privileged", json!(true)),
             ("/logPath", json!("/etc/cron.d/x")),
+            ("/staticDir", json!("")),
             ("/logPath", json!(format!("{own}/../../../x"))),
             ("/pid_file", json!("/etc/passwd")),
             ("/conmonPidFile", json!("/etc/passwd")),

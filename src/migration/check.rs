@@ -460,6 +460,7 @@ pub(crate) async fn at_destination(
             "run the agent as root, on root's Podman",
         ));
     }
+    forwarding(&mut findings)?;
     identity(podman, container, &mut findings).await?;
     let image_present = image(podman, container, &mut findings).await?;
     let networks_to_make = networks(podman, offer, &mut findings).await?;
@@ -475,6 +476,19 @@ pub(crate) async fn at_destination(
         host,
         direct,
     })
+}
+
+/// A host that has never had a container may not forward yet: Podman switches that on with the first.
+fn forwarding(findings: &mut Vec<Finding>) -> Result<()> {
+    match tunnel::check_forwarding() {
+        Err(tunnel::Error::NotForwarding) => findings.push(Finding::refuse(
+            Code::NotForwarding,
+            "the destination does not forward IPv4 packets (net.ipv4.ip_forward is 0)",
+            "sysctl -w net.ipv4.ip_forward=1 there, as Podman does with a host's first container",
+        )),
+        other => other?,
+    }
+    Ok(())
 }
 
 async fn identity(

@@ -14,6 +14,7 @@ use crate::podman::{Client, Container, RemoveOptions};
 pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     let container = migration.preflight.container.clone();
     let keep_volumes = migration.request.keep_volumes;
+    serve_memory(migration).await?;
     // If this cannot be written, a crash from here on finds the destination saying that it runs.
     if let Err(error) = migration.journal.commit() {
         // Not a word to the destination: it has to know of the migration if it is asked.
@@ -66,6 +67,18 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     }
     let shortened = path::shorten(migration).await;
     migration.note("the paths of older connections", shortened);
+    Ok(())
+}
+
+/// Serves the destination the memory that it does not have yet.
+async fn serve_memory(migration: &mut Migration<'_>) -> Result<()> {
+    let serving = migration
+        .shell
+        .as_mut()
+        .and_then(|shell| shell.serving.take());
+    if let Some(serving) = serving {
+        migration.bytes_sent += serving.ended().await?;
+    }
     Ok(())
 }
 

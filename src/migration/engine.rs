@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::preflight::Preflight;
 use super::request::Request;
-use crate::criu::{Code, Finding};
+use crate::criu::{Code, Features, Finding};
 
 /// How a container's processes cross from one host to the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,6 +40,33 @@ pub(super) fn choose(asked: Option<Engine>, here: bool, there: bool) -> Engine {
         Engine::Direct
     } else {
         Engine::Rest
+    })
+}
+
+/// What stands in the way of fetching memory after the move, and what it means.
+pub(super) fn post_copy(request: &Request, preflight: &Preflight) -> Option<Finding> {
+    if !request.post_copy {
+        return None;
+    }
+    let lazy = |features: &Features| features.criu.as_ref().is_some_and(|criu| criu.lazy_pages);
+    let able = preflight.engine == Engine::Direct && lazy(&preflight.offer.features);
+    Some(match able {
+        false => Finding::refuse(
+            Code::PostCopyUnavailable,
+            "memory can only be fetched after the move with the direct engine, and where CRIU and the kernel \
+             have userfaultfd (criu check --feature uffd-noncoop) and pipes of 4 MiB (CAP_SYS_RESOURCE, or \
+             sysctl fs.pipe-max-size)",
+            "leave --post-copy out, or see `livemig setup --help`",
+        ),
+        true => Finding::warn(
+            Code::PostCopyRisk,
+            format!(
+                "from the moment the container runs on {} until all of its memory is there, it needs both \
+                 hosts and the network between them: if one of them fails, the container is lost",
+                request.to
+            ),
+            "leave --post-copy out where that is too much to ask",
+        ),
     })
 }
 

@@ -139,6 +139,8 @@ pub enum Event {
 pub enum Cargo {
     /// The container's image.
     Image,
+    /// Memory, while the container runs.
+    Memory,
     /// Files that the container has changed, while it runs.
     Files,
     /// The frozen container: memory, changed files, volumes.

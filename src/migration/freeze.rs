@@ -5,22 +5,18 @@
 //! nothing of the container moves any more, its flows are read and marked, its changed files are
 //! collected, and what its kernel still has to say is kept from the world.
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
+use bytes::Bytes;
 use futures::StreamExt;
-use hyper::{HeaderMap, Method};
-use tokio_util::sync::CancellationToken;
+use futures::stream::BoxStream;
 
-use super::shell::Shell;
-use super::{Migration, steer};
-use crate::agent::protocol::{MigrationId, Nothing};
-use crate::bundle::{self, Changes, Compression, DeltaFile, Layers, Pace};
-use crate::criu::pages::Layout;
-use crate::criu::pages::relay::Relay;
-use crate::podman::{CheckpointOptions, Chunks, Client, Container, FailureLog, failure_log};
-use crate::runtime::Invocation;
-use crate::runtime::dump::{self, CriuOptions};
+use super::undo::blocking;
+use super::{Migration, Part, memory, steer};
+use crate::bundle::{self, Changes, DeltaFile, Layers, Pace};
+use crate::conntrack::Fence;
+use crate::conntrack::forward::Forwarding;
+use crate::podman::{CheckpointOptions, Chunks, Client, Container};
 use crate::{Config, Error, Result};
 
 /// A frozen container's state, by the engine that has it.
@@ -32,8 +28,8 @@ pub(super) enum Frozen {
         changed: DeltaFile,
     },
     Direct {
-        /// Where CRIU's images are.
-        images: PathBuf,
+        /// CRIU's images, but for the memory.
+        images: BoxStream<'static, bundle::Result<Bytes>>,
         /// What has changed in its files since the last round.
         changes: Changes,
     },
@@ -46,13 +42,25 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
         .ok_or(Error::OutOfOrder("freezer"))?;
     let within = migration.request.config.freeze_timeout;
     freezer.freeze(within).await?;
-    if let Some(fence) = &migration.fence {
-        fence.install()?;
-    }
+    migration.downtime.part(Part::Freeze);
 
     let hop = migration.hop()?;
     let container = &migration.preflight.container;
-    let mark = steer::mark(container, &migration.preflight.offer.networks, hop);
+    let fence = migration.fence.clone();
+    let forwarding = migration.forwarding.clone();
+    let mark = async {
+        // Before its kernel sends anything once more, for which it takes 40 ms and longer.
+        let fenced = blocking(move || {
+            fence.as_ref().map_or(Ok(()), Fence::install)?;
+            // These come to effect with the first packet that is let go.
+            fence.as_ref().map_or(Ok(()), Fence::refuse)?;
+            forwarding.as_ref().map_or(Ok(()), Forwarding::switch)
+        });
+        let marked = steer::mark(container, &migration.preflight.offer.networks, hop);
+        let (fenced, marked) = futures::join!(fenced, marked);
+        fenced?;
+        marked
+    };
     // All run to their ends, also when one fails: a mark that is about to be set must not come
     // after it was undone.
     let (frozen, flows) = match &mut migration.shell {
@@ -75,16 +83,23 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
             let staging = staging(&migration.request.config)?;
             let mirror = migration.mirror.take().ok_or(Error::OutOfOrder("mirror"))?;
             let changes = mirror.file(Pace::Frozen, staging);
-            let criu = &migration.preflight.offer.features.criu;
-            let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
-            let layout = Layout::of(criu.version);
-            let within = migration.request.config.shell_timeout;
-            let dump = dump(shell, &migration.id, &migration.request.to, layout, within);
+            let terms = memory::Terms::of(
+                &migration.preflight,
+                migration.request,
+                &migration.id,
+                migration.rounds.len(),
+            )?;
+            let dump = async {
+                match migration.request.post_copy {
+                    true => memory::leave(shell, &terms).await.map(|()| 0),
+                    false => memory::send(shell, &terms).await,
+                }
+            };
             let (dumped, changes, flows) = futures::join!(dump, changes, mark);
             let frozen = dumped.and_then(|bytes| {
                 migration.bytes_frozen += bytes;
                 let (changes, _) = changes?;
-                let images = shell.images.clone();
+                let images = bundle::images(&shell.images, &mut shell.sent)?.boxed();
                 Ok(Frozen::Direct { images, changes })
             });
             (frozen, flows)
@@ -92,78 +107,8 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
     };
     migration.flows = flows?;
     migration.frozen = Some(frozen?);
+    migration.downtime.part(Part::Dump);
     Ok(())
-}
-
-/// Has the runtime take the container's state, as Podman would have it: its memory goes straight to the
-/// destination, the rest into a directory. It stays frozen, and complete. Returns how many bytes have gone.
-async fn dump(
-    shell: &mut Shell,
-    migration: &MigrationId,
-    destination: &str,
-    layout: Layout,
-    within: Duration,
-) -> Result<u64> {
-    let relay = Relay::listen(layout).await?;
-    let options = relay
-        .options()
-        .into_iter()
-        .fold(CriuOptions::packets_are_held(), CriuOptions::with);
-    let failed = CancellationToken::new();
-    // Where there was no dump nobody ends the stream, and the destination takes it for cut off.
-    let pages = relay
-        .pages(false)
-        .take_until(failed.clone().cancelled_owned());
-    let (bytes, progress) = bundle::send(pages, Compression::None);
-    let path = format!("/v1/migrations/{migration}/pages");
-    let send = shell
-        .for_pages
-        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within);
-    let dump = async {
-        let ended = run(
-            &shell.checkpoint,
-            &shell.runtime,
-            &shell.images,
-            &shell.work,
-            &options,
-        );
-        ended.await.inspect_err(|_| failed.cancel())
-    };
-    // Whichever fails first makes the other fail as well, and is the reason.
-    let send = async { (send.await, failed.is_cancelled()) };
-    let (dumped, (sent, failed_before)) = futures::join!(dump, send);
-    match sent {
-        Err(error) if !failed_before => Err(Error::of_host(destination)(error)),
-        sent => {
-            dumped?;
-            let Nothing {} = sent?;
-            Ok(progress.wire())
-        }
-    }
-}
-
-/// Runs the runtime's checkpoint.
-async fn run(
-    checkpoint: &Invocation,
-    runtime: &Path,
-    images: &Path,
-    work: &Path,
-    options: &CriuOptions,
-) -> Result<()> {
-    let call = checkpoint.clone();
-    let call = call.with_image_path(images).with_work_path(work);
-    let environment = options.write(&work.join("criu.conf"))?;
-    let dumped = dump::run(runtime, &call, environment).await;
-    dumped.map_err(|source| {
-        let source = Error::from(source);
-        match failure_log(work, FailureLog::Dump) {
-            Some(reason) => Error::Dump {
-                source: Box::new(source),
-                reason,
-            },
-            None => source,
-        }
-    })
 }
 
 /// Has Podman write the container's state. It stays frozen, and complete.
@@ -180,15 +125,7 @@ pub(super) async fn checkpoint(podman: &Client, container: &Container) -> Result
     podman
         .checkpoint(&container.id, &options)
         .await
-        .map_err(
-            |source| match failure_log(&container.static_dir, FailureLog::Dump) {
-                Some(reason) => Error::Dump {
-                    source: Box::new(source.into()),
-                    reason,
-                },
-                None => source.into(),
-            },
-        )
+        .map_err(|error| memory::of_criu(error.into(), &container.static_dir))
 }
 
 /// A directory in memory for the files on their way.

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::drain::Drainage;
-use super::{Asked, Effect, Migration, flows, forwarding, home};
+use super::{Asked, Effect, Migration, Part, flows, forwarding, home};
 use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, HoldSpec, PortProtocol, Reserved};
 use crate::criu::Freezer;
@@ -115,11 +115,12 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
             .await?;
         }
         hold.hold_all()?;
-        migration.held_since = Some(begun);
+        migration.downtime.begin(begun);
     } else {
-        migration.held_since = Some(Instant::now());
+        migration.downtime.begin(Instant::now());
     }
     migration.drain = drainage.arrived().await?;
+    migration.downtime.part(Part::Drain);
     Ok(())
 }
 

@@ -16,6 +16,7 @@ mod agreed;
 mod arrival;
 mod check;
 mod commit;
+mod downtime;
 mod drain;
 mod effect;
 mod engine;
@@ -28,6 +29,7 @@ mod home;
 mod hop;
 mod journal;
 mod lock;
+mod memory;
 mod path;
 mod plan;
 mod precopy;
@@ -43,13 +45,14 @@ mod steer;
 mod transfer;
 mod undo;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use agreed::Agreed;
 pub use arrival::{Policy, Privilege, UnknownPrivilege};
 pub(crate) use check::{at_destination, refuse};
+pub use downtime::{Part, PartTime};
 pub use drain::{Drain, Left, Undrained};
 pub use effect::{Asked, Effect, End};
 pub use engine::Engine;
@@ -66,6 +69,8 @@ pub(crate) use hop::{
 };
 pub(crate) use journal::number_of;
 pub use journal::{Journal, JournalError, left_behind};
+pub use memory::Round;
+pub(crate) use memory::directories as round_directories;
 pub use path::Path;
 pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};
@@ -73,9 +78,9 @@ pub(crate) use preflight::{connect, find, podman};
 pub(crate) use prepare::mtu;
 pub use recover::{Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
-pub use request::{Request, WhenFull};
+pub use request::{MAX_DOWNTIME, Request, WhenFull, WhenOver};
 pub use revoke::{Hopless, Revoked, revoke};
-pub(crate) use shell::staging;
+pub(crate) use shell::{make as make_private, staging};
 pub(crate) use undo::{Hands, leave_idle_hops, remove_staging, unwind};
 
 use crate::agent::protocol::MigrationId;
@@ -87,6 +92,7 @@ use crate::conntrack::{Fence, Flow};
 use crate::criu::{DumpStats, Freezer};
 use crate::tunnel::HopId;
 use crate::{Error, Result};
+use downtime::Downtime;
 use lock::Lock;
 
 /// Moves a container to another host.
@@ -141,10 +147,11 @@ struct Migration<'a> {
     frozen: Option<freeze::Frozen>,
     flows: Vec<Flow>,
     stream: Option<transfer::Stream>,
-    held_since: Option<Instant>,
     /// Whether the world may have heard of the copy at the destination.
     let_go: bool,
-    downtime: Duration,
+    /// The rounds in which memory was copied while the container ran.
+    rounds: Vec<memory::Round>,
+    downtime: Downtime,
     drain: Drain,
     /// The hold, once packets pass, until its rules are gone.
     released: Option<Released>,
@@ -192,9 +199,9 @@ impl<'a> Migration<'a> {
             frozen: None,
             flows: Vec::new(),
             stream: None,
-            held_since: None,
             let_go: false,
-            downtime: Duration::ZERO,
+            rounds: Vec::new(),
+            downtime: Downtime::default(),
             drain: Drain::default(),
             released: None,
             held: HoldReport::default(),
@@ -298,7 +305,9 @@ impl<'a> Migration<'a> {
             name: container.name.clone(),
             engine: self.preflight.engine,
             destination: self.request.to.clone(),
-            downtime: self.downtime,
+            downtime: self.downtime.total(),
+            frozen: self.downtime.frozen(),
+            breakdown: self.downtime.into_parts(),
             total: self.clock.started.elapsed(),
             phases: self.clock.times,
             bytes_sent: self.bytes_sent,
@@ -308,6 +317,7 @@ impl<'a> Migration<'a> {
             drain: self.drain,
             held: self.held,
             dump: self.dump,
+            rounds: self.rounds,
             warnings: self.preflight.findings,
             leftovers: self.leftovers,
         }

@@ -140,6 +140,9 @@ async fn look(
         .extend(engine::unavailable(request, &preflight));
     preflight
         .findings
+        .extend(engine::post_copy(request, &preflight));
+    preflight
+        .findings
         .sort_by_key(|finding| finding.severity != Severity::Refuse);
     Ok((preflight, peer, connection, podman))
 }

@@ -62,6 +62,7 @@ async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
     let ask = Prepare {
         offer: migration.preflight.offer.clone(),
         hop: own.proposal,
+        post_copy: migration.request.post_copy,
         forward: migration.request.forward_new
             || forwarding::comes_from_others(config, &migration.preflight.container, own.hop)?,
     };

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::downtime::PartTime;
 use super::drain::Drain;
 use super::engine::Engine;
 use super::event::Phase;
+use super::memory::Round;
 use super::path::Path;
 use crate::agent::protocol::MigrationId;
 use crate::conntrack::Flow;
@@ -31,6 +33,11 @@ pub struct Report {
     /// go.
     #[serde(rename = "downtime_ms", serialize_with = "milliseconds")]
     pub downtime: Duration,
+    /// What it was spent on.
+    pub breakdown: Vec<PartTime>,
+    /// From the moment the container's processes stood still until the copy at the destination was heard.
+    #[serde(rename = "frozen_ms", serialize_with = "milliseconds")]
+    pub frozen: Duration,
     /// The whole migration, preflight to commit.
     #[serde(rename = "total_ms", serialize_with = "milliseconds")]
     pub total: Duration,
@@ -51,6 +58,8 @@ pub struct Report {
     pub held: HoldReport,
     /// What CRIU says of the dump, where it said something.
     pub dump: Option<crate::criu::DumpStats>,
+    /// The rounds in which memory was copied while the container ran.
+    pub rounds: Vec<Round>,
     /// What was found and did not stand in the way.
     pub warnings: Vec<Finding>,
     /// What remained to be tidied at the source after the point of no return, and could not be.

@@ -1,10 +1,16 @@
 //! What is asked of a migration.
 
+use std::time::Duration;
+
 use tokio_util::sync::CancellationToken;
 
 use super::engine::Engine;
 use super::event::Phase;
 use crate::{Config, Error};
+
+/// How long a container may answer nobody unless something else is asked for: what QEMU and Cloud Hypervisor
+/// have for virtual machines (`downtime-limit`, `downtime_ms`).
+pub const MAX_DOWNTIME: Duration = Duration::from_millis(300);
 
 /// What happens when no more packets can wait: when one of the bounds
 /// [`Config::hold_packets`](crate::Config::hold_packets) and
@@ -17,6 +23,16 @@ pub enum WhenFull {
     Drop,
     /// The migration is given up, and the container goes on here, unless its peers have heard it at
     /// the destination already.
+    GiveUp,
+}
+
+/// What happens when the downtime is going to be longer than it may be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WhenOver {
+    /// The migration goes on: it takes as long as it takes.
+    #[default]
+    GoOn,
+    /// The migration is given up before the container is stopped.
     GiveUp,
 }
 
@@ -43,6 +59,14 @@ pub struct Request {
     pub forward_new: bool,
     /// How the processes cross. Otherwise the best way that both hosts are set up for.
     pub engine: Option<Engine>,
+    /// How long the container may answer nobody. Rounds of copying are made until what is left fits.
+    pub max_downtime: Duration,
+    /// What happens if it never does.
+    pub when_over: WhenOver,
+    /// Let the container run at the destination before its memory is there (direct engine only): what it
+    /// touches is fetched, and the rest follows. If the hosts lose each other before all of it is there, the
+    /// container is lost.
+    pub post_copy: bool,
     /// Undo everything at the end of this phase, to see how the move would go.
     ///
     /// [`Phase::Restore`] is the last that can be: afterwards peers have heard the copy at the
@@ -65,6 +89,9 @@ impl Request {
             keep_chain: false,
             when_full: WhenFull::default(),
             engine: None,
+            max_downtime: MAX_DOWNTIME,
+            when_over: WhenOver::default(),
+            post_copy: false,
             rehearse: None,
             cancel: CancellationToken::new(),
         }
@@ -104,6 +131,24 @@ impl Request {
     /// With this engine, or else the best that both hosts have.
     pub fn engine(mut self, engine: Option<Engine>) -> Request {
         self.engine = engine;
+        self
+    }
+
+    /// Answering nobody for no longer than this, if that can be had.
+    pub fn max_downtime(mut self, budget: Duration) -> Request {
+        self.max_downtime = budget;
+        self
+    }
+
+    /// Going on, or giving up, when the downtime is going to be longer.
+    pub fn when_over(mut self, policy: WhenOver) -> Request {
+        self.when_over = policy;
+        self
+    }
+
+    /// Fetching memory when the container runs already, or not.
+    pub fn post_copy(mut self, post_copy: bool) -> Request {
+        self.post_copy = post_copy;
         self
     }
 

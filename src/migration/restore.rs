@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use hyper::{HeaderMap, Method};
 
-use super::{Cargo, Event, Migration};
+use super::{Cargo, Event, Migration, Part};
 use crate::agent::protocol::Running;
 use crate::bundle::splice::STATS_DUMP;
 use crate::criu::DumpStats;
@@ -39,6 +39,13 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
             () = migration.request.cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
         }
     };
+    migration.downtime.part(Part::Restore);
+    let there = [
+        (Part::Insert, running.insert),
+        (Part::Restore, running.restore.saturating_sub(running.admit)),
+        (Part::Admit, running.admit),
+    ];
+    migration.downtime.divide(Part::Transfer, &there);
     let bytes = stream.progress.wire();
     migration.bytes_frozen += bytes;
     migration.bytes_sent += migration.bytes_frozen;

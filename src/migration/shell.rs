@@ -5,16 +5,21 @@
 //! networks. The destination makes a container of it, down to the last step, and waits there. Files
 //! follow in rounds ([`precopy`](super::precopy)), the last of them with the memory.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 
 use hyper::{HeaderMap, Method};
 
+use super::memory::{self, Serving};
 use super::preflight::connect;
 use super::{Effect, Migration, freeze};
 use crate::agent::Connection;
 use crate::agent::protocol::Nothing;
 use crate::bundle::{self, Compression};
-use crate::runtime::{Invocation, Rendezvous, Verb, setup};
+use crate::runtime::{
+    Checkpoint, CriuOption, Invocation, OnStandby, Rendezvous, Standby, Verb, setup,
+};
 use crate::{Error, Result, runtime};
 
 /// The checkpoint that Podman believes to have made.
@@ -24,12 +29,30 @@ pub(super) struct Shell {
     pub checkpoint: Invocation,
     /// By which program.
     pub runtime: PathBuf,
-    /// Where its images will be, in memory.
+    /// Where all of it lies, in memory.
+    staging: PathBuf,
+    /// Where its images will be.
     pub images: PathBuf,
     /// Where CRIU's log and statistics will be.
     pub work: PathBuf,
+    /// Which of the images have gone ahead.
+    pub sent: BTreeSet<PathBuf>,
     /// A connection to the destination for nothing but memory, so that opening one costs no downtime.
     pub for_pages: Connection,
+    /// The runtime, with a CRIU that waits for the word.
+    pub standby: Option<(Checkpoint, OnStandby)>,
+    /// With post-copy: the runtime, while it serves the memory.
+    pub serving: Option<Serving>,
+}
+
+impl Shell {
+    /// Makes the directories of a round in which memory is copied.
+    pub fn round(&self, number: usize) -> Result<(PathBuf, PathBuf)> {
+        let (images, work) = memory::directories(&self.staging, number);
+        make(&images)?;
+        make(&work)?;
+        Ok((images, work))
+    }
 }
 
 /// Has the destination make the container, all but its processes.
@@ -65,9 +88,13 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
         Ok(Shell {
             checkpoint,
             runtime,
+            staging: directory,
             images,
             work,
+            sent: BTreeSet::new(),
             for_pages,
+            standby: None,
+            serving: None,
         })
     };
     let checkpoint = freeze::checkpoint(&migration.hands.podman, container);
@@ -96,19 +123,58 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Makes the directories for CRIU's images and for its log, which nobody else can look into.
-pub(crate) fn staging(directory: &std::path::Path) -> Result<(PathBuf, PathBuf)> {
-    use std::os::unix::fs::DirBuilderExt;
-    let make = |path: &std::path::Path| {
-        // Not one that somebody else has put there: the place may be one where all may write.
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(path)
-            .map_err(Error::file("make", path))
+/// Starts the runtimes on both hosts, up to the point where CRIU has something to do.
+pub(super) async fn stand_by(migration: &mut Migration<'_>) -> Result<()> {
+    let config = &migration.request.config;
+    let within = config.shell_timeout;
+    let shell = migration.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    let memory = match migration.request.post_copy {
+        true => CriuOption::LazyPages,
+        false => CriuOption::PageServer,
     };
+    let options = [CriuOption::PacketsAreHeld, memory];
+    let standby = Standby::open(config, &shell.work, Verb::Checkpoint, &options)?;
+    let mut call = shell
+        .checkpoint
+        .clone()
+        .with_image_path(&shell.images)
+        .with_work_path(&shell.work);
+    if let rounds @ 1.. = migration.rounds.len() {
+        call = call.with_option("--parent-path", &memory::parent(rounds));
+    }
+    if migration.request.post_copy {
+        call = call.lazily(&shell.runtime);
+    }
+    let runtime = Checkpoint::start(&shell.runtime, &call, standby.environment())?;
+    let criu = standby.ready(within).await?;
+    // What the runtime has written by now the other one wants to read before it calls CRIU.
+    let images = bundle::images(&shell.images, &mut shell.sent)?;
+    let (bytes, progress) = bundle::send(images, Compression::None);
+    let path = format!("/v1/migrations/{}/standby", migration.id);
+    let Nothing {} = migration
+        .connection
+        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within)
+        .await
+        .map_err(Error::of_host(&migration.request.to))?;
+    migration.bytes_sent += progress.wire();
+    shell.standby = Some((runtime, criu));
+    Ok(())
+}
+
+/// Makes the directories for CRIU's images and for its log, which nobody else can look into.
+pub(crate) fn staging(directory: &Path) -> Result<(PathBuf, PathBuf)> {
     let (images, work) = (directory.join("images"), directory.join("work"));
     make(directory)?;
     make(&images)?;
     make(&work)?;
     Ok((images, work))
+}
+
+/// Makes a directory that is nobody else's, and not one that somebody else has put there: the place may be
+/// one where all may write.
+pub(crate) fn make(path: &Path) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(path)
+        .map_err(Error::file("make", path))
 }

@@ -3,7 +3,7 @@
 //! The marks are set early, while the container is being dumped: no packet reads them until it is
 //! released, so that the release itself is all that is left to do when the destination says "running".
 
-use super::{Migration, check, flows, home};
+use super::{Migration, Part, check, flows, home};
 use crate::Result;
 use crate::conntrack::hold::{Pace, Rate, To};
 use crate::conntrack::{Flow, Table, alias};
@@ -48,18 +48,7 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     // is never taken back.
     migration.let_go = true;
     // The first pass within a millisecond. What takes longer is that datagrams follow at a pace.
-    if let Some(since) = migration.held_since {
-        migration.downtime = since.elapsed();
-    }
-    // What begins anew waits until it is let go, and then finds nobody here.
-    if let Some(fence) = &migration.fence {
-        let refused = fence.refuse();
-        migration.note("refusing new connections", refused.map_err(Into::into));
-    }
-    if let Some(forwarding) = &migration.forwarding {
-        let switched = forwarding.switch();
-        migration.note("carrying new connections", switched.map_err(Into::into));
-    }
+    migration.downtime.end(Part::Release);
     // A container without an address has no packets.
     let hold = migration.hands.holds.pop();
     let here = async {

@@ -40,10 +40,7 @@ pub(super) async fn transfer(migration: &mut Migration<'_>) -> Result<()> {
             let (spliced, captured) = bundle::spliced(changed, checkpoint, &[splice::STATS_DUMP]);
             (spliced.boxed(), Some(captured))
         }
-        Frozen::Direct { images, changes } => {
-            let images = bundle::images(&images)?;
-            (images.chain(changes.into_stream()).boxed(), None)
-        }
+        Frozen::Direct { images, changes } => (images.chain(changes.into_stream()).boxed(), None),
     };
     let (bytes, progress) = bundle::send(bundle::headed(&header, content)?, Compression::None);
     migration.stream = Some(Stream {

@@ -14,8 +14,6 @@ use super::{Attributes, Body, Channel, Message, Namespace, Request, Result};
 const BY_FAMILY: u16 = 20;
 /// The size of `struct inet_diag_msg` of `linux/inet_diag.h`.
 const ANSWER: usize = 72;
-/// Where in it the owner is (`idiag_uid`).
-const OWNER: usize = 64;
 /// `INET_DIAG_SKMEMINFO` of `linux/inet_diag.h`.
 const SKMEMINFO: u16 = 7;
 const AF_INET: u8 = 2;
@@ -155,36 +153,6 @@ impl Diagnosis {
         let mut all = self.look(Kind::Tcp, StateSet::ALL)?;
         all.extend(self.look(Kind::Udp, StateSet::ALL)?);
         Ok(all)
-    }
-
-    /// The user who owns the TCP socket with these ends, if there is one.
-    pub fn owner(&mut self, local: SocketAddr, remote: SocketAddr) -> Result<Option<u32>> {
-        /// No cookie: the ends say which socket is meant (`INET_DIAG_NOCOOKIE`).
-        const NO_COOKIE: [u8; 8] = [0xff; 8];
-        // struct inet_diag_req_v2 with its struct inet_diag_sockid from byte 8 on.
-        let mut fixed = [0u8; 56];
-        fixed[0] = if local.is_ipv4() { AF_INET } else { AF_INET6 };
-        fixed[1] = IPPROTO_TCP;
-        fixed[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
-        for (at, end) in [(0, local), (1, remote)] {
-            fixed[8 + at * 2..][..2].copy_from_slice(&end.port().to_be_bytes());
-            let place = &mut fixed[12 + at * 16..];
-            match end.ip() {
-                IpAddr::V4(address) => place[..4].copy_from_slice(&address.octets()),
-                IpAddr::V6(address) => place[..16].copy_from_slice(&address.octets()),
-            }
-        }
-        fixed[48..].copy_from_slice(&NO_COOKIE);
-        let request = Request::new(BY_FAMILY, Body::new(&fixed));
-        let answers = self.0.ask("find the owner of a socket", request);
-        let answers = match answers {
-            Err(error) if error.errno() == Some(rustix::io::Errno::NOENT) => return Ok(None),
-            answers => answers?,
-        };
-        Ok(answers.first().and_then(|answer| {
-            let owner = answer.get(OWNER..OWNER + 4)?;
-            Some(u32::from_ne_bytes(owner.try_into().ok()?))
-        }))
     }
 
     /// The sockets of one kind in some states, over IPv4 and IPv6.

@@ -25,8 +25,11 @@ pub enum Error {
     /// There is nothing to stand in front of.
     #[error("neither crun nor runc is installed where Podman looks for them")]
     NoRuntime,
+    /// There is no CRIU.
+    #[error("criu is not installed where Podman looks for programs")]
+    NoCriu,
     /// Podman never called.
-    #[error("Podman did not call its runtime for a {verb} within {} s", within.as_secs())]
+    #[error("livemig was not called for a {verb} within {} s", within.as_secs())]
     NotCalled {
         /// For what it should have.
         verb: Verb,
@@ -68,6 +71,7 @@ impl Error {
                 path.display()
             )),
             Error::NoRuntime => Some("install one: apt install crun".to_owned()),
+            Error::NoCriu => Some("install it: apt install criu".to_owned()),
             Error::NotCalled { .. } => Some(
                 "see that Podman's service was started after `livemig setup`: \
                  systemctl restart podman.service; or use --engine rest"

@@ -107,6 +107,17 @@ impl Invocation {
         self.with_option("--work-path", &path.to_string_lossy())
     }
 
+    /// The same call with memory left for later. runc would tell CRIU not to, if it is not told itself;
+    /// crun says nothing of it to CRIU, which then goes by its own options ([`super::standby`]).
+    #[must_use]
+    pub fn lazily(self, runtime: &Path) -> Invocation {
+        let is_runc = |path: &Path| path.ends_with("runc.real") || path.ends_with("runc");
+        match is_runc(runtime) {
+            true => self.with_flag("--lazy-pages"),
+            false => self,
+        }
+    }
+
     /// Where the runtime writes the number of the container's first process.
     pub fn pid_file(&self) -> Option<PathBuf> {
         self.option("--pid-file").map(PathBuf::from)

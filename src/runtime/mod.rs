@@ -10,20 +10,26 @@
 //! - the *restore* of such a shell waits. By then Podman has made the container at the destination up to
 //!   the last step. It goes on when the memory is there.
 //!
-//! In between, the source freezes the container and has the real runtime dump it ([`dump`]). What Podman
-//! asked for is known from its own command line ([`invocation`]); whoever waits for its call is met at a
-//! socket ([`rendezvous`]). If nobody waits, the wrapper becomes the real runtime.
+//! What Podman asked for is known from its own command line ([`invocation`]); whoever waits for its call is
+//! met at a socket ([`rendezvous`]). If nobody waits, the wrapper becomes the real runtime.
+//!
+//! The real runtimes are started before the container is frozen, on either side. What they call as CRIU is
+//! livemig again ([`held_criu`]), which becomes CRIU in the moment in which it is needed ([`standby`]).
 
-pub mod dump;
+mod checkpoint;
 mod error;
+pub mod held_criu;
 pub mod invocation;
 pub mod rendezvous;
 pub mod setup;
+pub mod standby;
 pub mod wrapper;
 
+pub use checkpoint::Checkpoint;
 pub use error::Error;
 pub use invocation::{Invocation, Verb};
 pub use rendezvous::{Arrived, Outcome, Rendezvous};
+pub use standby::{CriuOption, OnStandby, Standby};
 
 /// What the functions of this module return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

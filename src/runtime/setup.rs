@@ -83,6 +83,11 @@ fn directory(config: &Config) -> PathBuf {
     config.state_dir.join("runtime")
 }
 
+/// A directory in which there is nothing but livemig under CRIU's name, for runtimes' search path.
+pub(super) fn criu_path(config: &Config) -> PathBuf {
+    directory(config).join("path")
+}
+
 /// Where migrations on this host wait for calls.
 pub fn waiting(config: &Config) -> PathBuf {
     config.run_dir.join("runtime")
@@ -94,7 +99,14 @@ pub fn waiting(config: &Config) -> PathBuf {
 pub fn wrapper(config: &Config, host: &HostInfo) -> Option<PathBuf> {
     let links = links(config, &host.runtime.name);
     let in_place = host.runtime.path == links.wrapper() && links.real().exists();
-    in_place.then(|| links.wrapper())
+    (in_place && criu(config).real().exists()).then(|| links.wrapper())
+}
+
+fn criu(config: &Config) -> Links {
+    Links {
+        directory: criu_path(config),
+        name: "criu".to_owned(),
+    }
 }
 
 fn links(config: &Config, name: &str) -> Links {
@@ -122,13 +134,17 @@ pub fn install(config: &Config) -> Result<Setup> {
     if found.is_empty() {
         return Err(Error::NoRuntime);
     }
-    let directory = directory(config);
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&directory)
-        .map_err(Error::file("make", &directory))?;
-    let mut changed = false;
+    let real_criu = real("criu").ok_or(Error::NoCriu)?;
+    for directory in [directory(config), criu_path(config)] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory)
+            .map_err(Error::file("make", &directory))?;
+    }
+    let criu = criu(config);
+    let mut changed = link(&config.program, &criu.wrapper())?;
+    changed |= link(&real_criu, &criu.real())?;
     for (links, real) in &found {
         changed |= link(&config.program, &links.wrapper())?;
         changed |= link(real, &links.real())?;
@@ -180,11 +196,16 @@ pub fn remove(config: &Config) -> Result<Setup> {
     if let Some(waiting) = waiting {
         changed |= unlink(&waiting)?;
     }
-    match std::fs::remove_dir(directory(config)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(Error::file("remove", directory(config))(error));
+    let criu = criu(config);
+    changed |= unlink(&criu.wrapper())?;
+    changed |= unlink(&criu.real())?;
+    for directory in [criu_path(config), directory(config)] {
+        match std::fs::remove_dir(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::file("remove", directory)(error));
+            }
+            _ => {}
         }
-        _ => {}
     }
     Ok(Setup {
         runtimes,
@@ -207,7 +228,7 @@ fn drop_in_text(found: &[(Links, PathBuf)]) -> String {
     text
 }
 
-/// The runtime of this name, where Podman would find it.
+/// The program of this name, where Podman would find it.
 fn real(name: &str) -> Option<PathBuf> {
     DIRECTORIES
         .iter()

@@ -21,15 +21,38 @@ use super::{Invocation, Verb};
 /// `libpod/define/config.go`); the end of livemig ends the wait at once.
 const PATIENCE: Duration = Duration::from_secs(230);
 
-/// The wrapper, if the program was called by the name of a runtime: what it was called by.
-pub fn called_as(program: Option<&OsStr>) -> Option<PathBuf> {
-    let program = PathBuf::from(program?);
-    let name = program.file_name()?.to_str()?;
-    super::setup::RUNTIMES.contains(&name).then_some(program)
+/// What the program is to be, by the name that it was called by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// An OCI runtime, by this path.
+    Runtime(PathBuf),
+    /// CRIU, by this path.
+    Criu(PathBuf),
+}
+
+impl Role {
+    /// None if it is called by its own name.
+    pub fn of(program: Option<&OsStr>) -> Option<Role> {
+        let program = PathBuf::from(program?);
+        let name = program.file_name()?.to_str()?;
+        match name {
+            "criu" => Some(Role::Criu(program)),
+            name if super::setup::RUNTIMES.contains(&name) => Some(Role::Runtime(program)),
+            _ => None,
+        }
+    }
+
+    /// Plays it to its end.
+    pub fn play(self, arguments: Vec<OsString>) -> ExitCode {
+        match self {
+            Role::Runtime(program) => run(&program, arguments),
+            Role::Criu(program) => super::held_criu::run(&program, arguments),
+        }
+    }
 }
 
 /// Does what the runtime was called for. Returns only if that did not become the real runtime's work.
-pub fn run(program: &Path, arguments: Vec<OsString>) -> ExitCode {
+fn run(program: &Path, arguments: Vec<OsString>) -> ExitCode {
     let links = Links::beside(program);
     let real = links.real();
     let text: Option<Vec<String>> = arguments

@@ -23,8 +23,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How many packets may wait for the device process. The default of a tun, 500, is overrun by a
 /// release of held packets while the process has not been scheduled yet; what does not fit is lost.
 /// A release may be tens of thousands of small ones. Streams do not fill this: what they have under
-/// way is bounded by their windows.
-const QUEUE_LENGTH: u32 = 32_768;
+/// way is bounded by their windows. No more than the kernel takes: recent ones (seen in Debian's 6.12.118)
+/// refuse what does not fit in 15 bits, as "out of range".
+const QUEUE_LENGTH: u32 = i16::MAX as u32;
 
 /// What the kernel has to be told for an interface of ours; all of it goes with the interface.
 ///
@@ -379,7 +380,7 @@ pub(super) fn has_ipv6() -> bool {
 ///
 /// # Errors
 /// [`Error::NotForwarding`].
-pub(super) fn check_forwarding() -> Result<()> {
+pub(crate) fn check_forwarding() -> Result<()> {
     let path = Path::new("/proc/sys/net/ipv4/ip_forward");
     let value = std::fs::read_to_string(path).map_err(super::error::file("read", path))?;
     if value.trim() == "0" {

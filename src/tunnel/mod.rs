@@ -48,6 +48,7 @@ use serde::{Deserialize, Serialize};
 pub use address::{Ends, Party, Taken, TakenError, choose};
 pub use error::{Error, Result};
 pub use hop_id::{HopId, HopIdError};
+pub(crate) use interface::check_forwarding;
 pub use key::{PrivateKey, PublicKey, PublicKeyError};
 pub use process::Process;
 pub use registry::{Connection, Hop, HopSpec, Registry};
@@ -329,7 +330,7 @@ impl Tunnels {
     /// [`Error::NotForwarding`], [`Error::NoPort`], [`Error::Device`], [`Error::Unknown`], and
     /// those of files, netlink and uapi.
     pub async fn open(&self, hop: HopId, mtu: u16) -> Result<Proposal> {
-        interface::check_forwarding()?;
+        check_forwarding()?;
         let _lock = self.registry.lock_interfaces(INTERFACE_LOCK).await?;
         let record = self.registry.get(hop)?.ok_or(Error::Unknown(hop))?;
         let mtu = mtu.clamp(MIN_MTU, MAX_MTU);

@@ -7,7 +7,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use futures::TryStreamExt as _;
-use rtnetlink::packet_route::route::RouteMessage;
+use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol};
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 use rustix::io::Errno;
@@ -103,6 +103,10 @@ fn rule(hop: HopId, version: &IpVersion) -> RuleMessage {
         RuleAttribute::FwMark(hop.packet_mark()),
         RuleAttribute::FwMask(HopId::PACKET_MARK_MASK),
         RuleAttribute::Table(hop.table()),
+        // systemd-networkd removes rules that are not its own whenever it starts, but those of the kernel
+        // (`ManageForeignRoutingPolicyRules` in networkd.conf(5)): an update of systemd would stop
+        // all connections that take the hop.
+        RuleAttribute::Protocol(RouteProtocol::Kernel),
     ];
     rule
 }

@@ -40,8 +40,14 @@ pub const IMAGE: &str = "localhost/workload:latest";
 /// The distribution's iperf3, on hosts that are to have it: [`Builder::with`].
 pub const IPERF3: &str = "localhost/iperf3:latest";
 
+/// The virtual machines, for the shell.
+const MACHINES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/vm");
+
 /// Nothing that a test waits for takes this long, unless it hangs.
 const BOUND: Duration = Duration::from_secs(120);
+
+/// The same for virtual machines, in which everything takes ten times as long.
+const MACHINE_BOUND: Duration = Duration::from_secs(400);
 
 /// How often a state that is waited for is looked at.
 pub const LOOK: Duration = Duration::from_millis(20);
@@ -61,9 +67,18 @@ impl Lab {
         Lab::builder(hosts).up().await
     }
 
+    /// Two virtual machines, `a` and `b`, as hosts 1 and 2, with one client: `tests/vm/vm` says what they
+    /// are. What a [`Node`] can do that goes past its programs (paths, sockets, namespaces) they cannot.
+    pub async fn of_machines() -> Lab {
+        let mut builder = Lab::builder(0);
+        builder.machines = true;
+        builder.up().await
+    }
+
     /// A lab that is unlike the default.
     pub fn builder(hosts: usize) -> Builder {
         Builder {
+            machines: false,
             hosts,
             clients: 1,
             options: Vec::new(),
@@ -140,6 +155,7 @@ impl Drop for Lab {
 #[derive(Debug)]
 #[must_use]
 pub struct Builder {
+    machines: bool,
     hosts: usize,
     clients: usize,
     options: Vec<String>,
@@ -199,10 +215,12 @@ impl Builder {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let own = std::process::id();
         let id = format!("t{own}-{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        let mut command = Command::new(SCRIPT);
+        let mut command = Command::new(if self.machines { MACHINES } else { SCRIPT });
+        command.args(["--id", &id, "up"]);
+        if !self.machines {
+            command.args([self.hosts.to_string(), self.clients.to_string()]);
+        }
         command
-            .args(["--id", &id, "up"])
-            .args([self.hosts.to_string(), self.clients.to_string()])
             .args(&self.options)
             .args(["--leash", &own.to_string()])
             .stdin(Stdio::null());
@@ -210,7 +228,7 @@ impl Builder {
             command.env("LIVEMIG_BIN_DIR", directory);
         }
         // From here on it is dropped, whatever happens.
-        let node = |name: String, last: usize| Node {
+        let node = |name: String, last: usize, bound: Duration| Node {
             lab: id.clone(),
             name,
             address: Ipv4Addr::new(10, 77, 0, u8::try_from(last).expect("few enough nodes")),
@@ -218,15 +236,23 @@ impl Builder {
             address6: format!("fd77::{last}")
                 .parse()
                 .expect("an address by construction"),
+            bound,
         };
+        let machines = [("a", 51), ("b", 52)];
         let lab = Lab {
-            hosts: (1..=self.hosts)
-                .map(|n| node(format!("h{n}"), 10 + n))
-                .collect(),
+            hosts: if self.machines {
+                machines
+                    .map(|(name, last)| node(name.to_owned(), last, MACHINE_BOUND))
+                    .into()
+            } else {
+                (1..=self.hosts)
+                    .map(|n| node(format!("h{n}"), 10 + n, BOUND))
+                    .collect()
+            },
             clients: (1..=self.clients)
-                .map(|n| node(format!("c{n}"), 100 + n))
+                .map(|n| node(format!("c{n}"), 100 + n, BOUND))
                 .collect(),
-            wan: node("wan".to_owned(), 1),
+            wan: node("wan".to_owned(), 1, BOUND),
             id,
         };
         let output = command.output().await.expect("the lab's script can be run");
@@ -246,6 +272,7 @@ pub struct Node {
     name: String,
     address: Ipv4Addr,
     address6: Ipv6Addr,
+    bound: Duration,
 }
 
 impl Node {
@@ -331,10 +358,11 @@ impl Node {
     pub fn try_exec(&self, arguments: &[&str]) -> impl Future<Output = Output> + use<> {
         let mut command = self.command(arguments);
         let said = format!("{}: {}", self.name, arguments.join(" "));
+        let bound = self.bound;
         async move {
-            let output = tokio::time::timeout(BOUND, command.output())
+            let output = tokio::time::timeout(bound, command.output())
                 .await
-                .unwrap_or_else(|_| panic!("{said}: still running after {BOUND:?}"))
+                .unwrap_or_else(|_| panic!("{said}: still running after {bound:?}"))
                 .unwrap_or_else(|error| panic!("{said}: {error}"));
             Output {
                 command: said,
@@ -385,6 +413,7 @@ impl Node {
         Process {
             command: said,
             in_host: self.name.starts_with('h'),
+            bound: self.bound,
             child,
             readers,
             stdout,
@@ -577,6 +606,7 @@ async fn collect(from: Option<impl AsyncRead + Unpin>, to: Text) {
 pub struct Process {
     command: String,
     in_host: bool,
+    bound: Duration,
     child: Child,
     readers: [JoinHandle<()>; 2],
     stdout: Text,
@@ -626,7 +656,7 @@ impl Process {
                 return;
             }
             assert!(
-                !ended && started.elapsed() < BOUND,
+                !ended && started.elapsed() < self.bound,
                 "at {caller}: `{}` {} without having written {text:?}\n{}\n{}",
                 self.command,
                 if ended { "ended" } else { "went on" },
@@ -667,7 +697,7 @@ impl Process {
 
     /// Waits for its end.
     pub async fn finish(mut self) -> Output {
-        let status = tokio::time::timeout(BOUND, self.child.wait())
+        let status = tokio::time::timeout(self.bound, self.child.wait())
             .await
             .unwrap_or_else(|_| panic!("`{}` does not end\n{}", self.command, self.stderr()))
             .unwrap_or_else(|error| panic!("`{}`: {error}", self.command));

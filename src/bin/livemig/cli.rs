@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
 use livemig::agent::Permission;
-use livemig::migration::{Engine, Phase, Privilege, WhenFull};
+use livemig::migration::{Engine, Phase, Privilege, WhenFull, WhenOver};
 
 /// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
 #[derive(Debug, Parser)]
@@ -250,6 +250,27 @@ pub enum Command {
         #[arg(long, value_name = "ENGINE")]
         engine: Option<EngineName>,
 
+        /// How long the container may answer nobody, in milliseconds
+        ///
+        /// Memory is copied while it runs, again and again, until what is left fits into this time; where
+        /// the kernel cannot tell what was written to (no soft-dirty bits), it is copied once, in the
+        /// downtime. Direct engine only.
+        #[arg(long, value_name = "MS", default_value_t = livemig::migration::MAX_DOWNTIME.as_millis() as u64)]
+        max_downtime: u64,
+
+        /// What to do when the downtime is going to be longer than that
+        #[arg(long, value_name = "POLICY", default_value = "go-on")]
+        when_over: OverPolicy,
+
+        /// Let the container run at the destination before its memory is there
+        ///
+        /// What it touches is fetched, and the rest follows: the downtime is that of a small container,
+        /// however much memory there is. But until all of it is there the container needs both hosts and
+        /// the network between them. If one of them fails in that time, the container is lost: its peers
+        /// have heard what it did over there, so what is frozen here cannot go on. Direct engine only.
+        #[arg(long)]
+        post_copy: bool,
+
         /// Go as far as the end of this phase, then undo everything
         ///
         /// The container stays here and its connections stay open: a way to see how long the move
@@ -361,6 +382,24 @@ impl From<Policy> for WhenFull {
         match policy {
             Policy::Drop => WhenFull::Drop,
             Policy::GiveUp => WhenFull::GiveUp,
+        }
+    }
+}
+
+/// What happens when the downtime is going to be too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum OverPolicy {
+    /// The migration goes on
+    GoOn,
+    /// The migration is given up, before the container is stopped
+    GiveUp,
+}
+
+impl From<OverPolicy> for WhenOver {
+    fn from(policy: OverPolicy) -> WhenOver {
+        match policy {
+            OverPolicy::GoOn => WhenOver::GoOn,
+            OverPolicy::GiveUp => WhenOver::GiveUp,
         }
     }
 }

@@ -55,6 +55,9 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             hold_packets,
             hold_mib,
             engine,
+            max_downtime,
+            when_over,
+            post_copy,
             rehearse,
             report,
         } => {
@@ -69,6 +72,9 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
                 .keep_chain(keep_chain)
                 .when_full(when_full.into())
                 .engine(engine.map(Into::into))
+                .post_copy(post_copy)
+                .max_downtime(Duration::from_millis(max_downtime))
+                .when_over(when_over.into())
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
         }

@@ -11,12 +11,12 @@ mod verdict;
 use std::process::ExitCode;
 
 use clap::Parser;
-use livemig::runtime::wrapper;
+use livemig::runtime::wrapper::Role;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
-    if let Some(runtime) = wrapper::called_as(arguments.next().as_deref()) {
-        return wrapper::run(&runtime, arguments.collect());
+    if let Some(role) = Role::of(arguments.next().as_deref()) {
+        return role.play(arguments.collect());
     }
     let cli = cli::Cli::parse();
     let is_device = matches!(cli.command, cli::Command::TunnelDevice { .. });

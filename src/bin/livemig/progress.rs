@@ -63,6 +63,7 @@ impl Progress {
 fn sending(what: Cargo, bytes: u64, total: Option<u64>, took: Duration) -> String {
     let what = match what {
         Cargo::Image => "image",
+        Cargo::Memory => "memory",
         Cargo::Files => "files",
         Cargo::Container => "container",
     };

@@ -55,6 +55,7 @@ impl Area {
             | Code::BindNotAllowed
             | Code::SecretNotAllowed => Area::Storage,
             Code::NetworkMode
+            | Code::NotForwarding
             | Code::SubnetTaken
             | Code::SubnetMismatch
             | Code::AddressInUse

@@ -1,0 +1,226 @@
+//! A container's memory on its way, with the direct engine.
+//!
+//! It goes from CRIU straight to the destination, over a connection of its own: while the container runs
+//! ([`round`]), when it is frozen ([`send`]), or when it runs over there already ([`leave`]).
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt, TryStreamExt};
+use hyper::{HeaderMap, Method};
+use serde::Serialize;
+use tokio::net::UnixStream;
+use tokio_util::io::{ReaderStream, StreamReader};
+use tokio_util::sync::CancellationToken;
+
+use super::preflight::Preflight;
+use super::request::Request;
+use super::shell::Shell;
+use crate::agent::protocol::{MigrationId, Nothing};
+use crate::bundle::{self, Compression, Progress};
+use crate::criu::pages::{Layout, relay};
+use crate::podman::{FailureLog, failure_log};
+use crate::runtime::{Checkpoint, CriuOption, Standby, Verb};
+use crate::{Config, Error, Result, runtime};
+
+/// Pages that were asked for are sent in pieces of at most this many bytes: 256 KiB.
+const PIECE: usize = 256 << 10;
+
+/// A round in which memory was copied while the container ran.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Round {
+    /// How many bytes went.
+    pub bytes: u64,
+    /// How long it took.
+    #[serde(rename = "ms", serialize_with = "super::report::milliseconds")]
+    pub took: Duration,
+}
+
+/// What has to be known to move memory.
+pub(super) struct Terms<'a> {
+    request: &'a Request,
+    migration: &'a MigrationId,
+    layout: Layout,
+    /// How many rounds the destination has.
+    rounds: usize,
+}
+
+impl<'a> Terms<'a> {
+    pub fn of(
+        preflight: &Preflight,
+        request: &'a Request,
+        migration: &'a MigrationId,
+        rounds: usize,
+    ) -> Result<Terms<'a>> {
+        let criu = preflight.offer.features.criu.as_ref();
+        Ok(Terms {
+            request,
+            migration,
+            layout: Layout::of(criu.ok_or(Error::OutOfOrder("CRIU"))?.version),
+            rounds,
+        })
+    }
+
+    fn config(&self) -> &Config {
+        &self.request.config
+    }
+}
+
+/// Copies the memory while the container runs: all of it, or what has changed since the round before. CRIU
+/// stops the container for as long as it takes to find out what that is.
+pub(super) async fn round(shell: &mut Shell, terms: &Terms<'_>) -> Result<Round> {
+    let began = Instant::now();
+    let number = terms.rounds + 1;
+    let (images, work) = shell.round(number)?;
+    let options = [CriuOption::PageServer];
+    let standby = Standby::open(terms.config(), &work, Verb::Checkpoint, &options)?;
+    let mut call = shell
+        .checkpoint
+        .clone()
+        .with_image_path(&images)
+        .with_work_path(&work)
+        .with_flag("--pre-dump");
+    if terms.rounds > 0 {
+        call = call.with_option("--parent-path", &parent(terms.rounds));
+    }
+    let runtime = Checkpoint::start(&shell.runtime, &call, standby.environment())?;
+    let criu = standby.ready(terms.config().shell_timeout).await?;
+    let path = format!("/v1/migrations/{}/rounds/{number}", terms.migration);
+    let bytes = pages(shell, terms, runtime, criu.go().await?, &path, &work).await?;
+    Ok(Round {
+        bytes,
+        took: began.elapsed(),
+    })
+}
+
+/// Where an earlier round is, seen from a later one or from the last images (`--parent-path` in criu(8)).
+pub(super) fn parent(round: usize) -> String {
+    format!("../round-{round}")
+}
+
+/// Has CRIU take the frozen container's state: its memory goes to the destination, the rest into a
+/// directory. The container stays frozen, and complete. Returns how many bytes have gone.
+pub(super) async fn send(shell: &mut Shell, terms: &Terms<'_>) -> Result<u64> {
+    let standby = shell.standby.take();
+    let (runtime, criu) = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
+    let path = format!("/v1/migrations/{}/pages", terms.migration);
+    let work = shell.work.clone();
+    pages(shell, terms, runtime, criu.go().await?, &path, &work).await
+}
+
+/// Passes on what a CRIU sends to its page server.
+async fn pages(
+    shell: &mut Shell,
+    terms: &Terms<'_>,
+    runtime: Checkpoint,
+    criu: UnixStream,
+    path: &str,
+    work: &Path,
+) -> Result<u64> {
+    // Where there was no dump nobody ends the stream, and the destination takes it for cut off. Whoever
+    // wants the migration to end cuts it off.
+    let failed: CancellationToken = terms.request.cancel.child_token();
+    let has_parent = terms.rounds > 0;
+    let pages =
+        relay::pages(criu, terms.layout, has_parent).take_until(failed.clone().cancelled_owned());
+    let (bytes, progress) = bundle::send(pages, Compression::None);
+    let within = terms.config().shell_timeout;
+    let send = shell
+        .for_pages
+        .send_stream(Method::PUT, path, HeaderMap::new(), bytes, within);
+    // Whichever fails first makes the other fail as well, and is the reason.
+    let send = async { (send.await, failed.is_cancelled()) };
+    let dump = async { runtime.ended().await.inspect_err(|_| failed.cancel()) };
+    let (dumped, (sent, failed_before)) = futures::join!(dump, send);
+    if terms.request.cancel.is_cancelled() {
+        return Err(Error::Interrupted(super::Phase::Freeze));
+    }
+    match sent {
+        Err(error) if !failed_before => Err(Error::of_host(&terms.request.to)(error)),
+        sent => {
+            dumped.map_err(|error| of_criu(error.into(), work))?;
+            let Nothing {} = sent?;
+            Ok(progress.wire())
+        }
+    }
+}
+
+/// A CRIU that has taken the container's state, and serves its memory until the destination has it.
+#[derive(Debug)]
+pub(super) struct Serving {
+    runtime: Checkpoint,
+    /// Passes on what the destination wants.
+    wanted: tokio::task::JoinHandle<std::io::Result<u64>>,
+    progress: Progress,
+}
+
+impl Serving {
+    /// Waits until the destination has all of it. Returns how many bytes that were.
+    pub async fn ended(self) -> Result<u64> {
+        let served = self.runtime.ended().await;
+        self.wanted.abort();
+        served?;
+        Ok(self.progress.wire())
+    }
+}
+
+/// Has CRIU take the frozen container's state, but leave its memory, for which the destination will ask.
+pub(super) async fn leave(shell: &mut Shell, terms: &Terms<'_>) -> Result<()> {
+    let within = terms.config().shell_timeout;
+    let standby = shell.standby.take();
+    let (mut runtime, criu) = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
+    let mut criu = criu.go().await?;
+    // It answers when all but the memory is dumped.
+    let answers = relay::answers(&mut criu, terms.layout);
+    tokio::select! {
+        answers = tokio::time::timeout(within, answers) => answers.map_err(|_| {
+            runtime::Error::NotCalled { verb: Verb::Checkpoint, within }
+        })??,
+        ended = runtime.exited() => {
+            ended?;
+            let error = runtime.ended().await.err().map(Error::from);
+            let error = error.unwrap_or(Error::OutOfOrder("CRIU's answer"));
+            return Err(of_criu(error, &shell.work));
+        }
+    }
+    let (pages, mut wanted) = criu.into_split();
+    let progress = Progress::default();
+    let counted = progress.clone();
+    let pages = ReaderStream::with_capacity(pages, PIECE)
+        .inspect_ok(move |piece| counted.add_wire(piece.len()));
+    let path = format!("/v1/migrations/{}/lazy", terms.migration);
+    let asked = shell
+        .for_pages
+        .exchange(Method::POST, &path, pages)
+        .await
+        .map_err(Error::of_host(&terms.request.to))?;
+    let wanted = tokio::spawn(async move {
+        let mut asked = StreamReader::new(asked.map_err(std::io::Error::other));
+        tokio::io::copy(&mut asked, &mut wanted).await
+    });
+    shell.serving = Some(Serving {
+        runtime,
+        wanted,
+        progress,
+    });
+    Ok(())
+}
+
+/// An error with what CRIU says in its log in this directory, if it says something.
+pub(super) fn of_criu(error: Error, directory: &Path) -> Error {
+    match failure_log(directory, FailureLog::Dump) {
+        Some(reason) => Error::Dump {
+            source: Box::new(error),
+            reason,
+        },
+        None => error,
+    }
+}
+
+/// The directories of one round.
+pub(crate) fn directories(staging: &Path, round: usize) -> (PathBuf, PathBuf) {
+    (
+        staging.join(format!("round-{round}")),
+        staging.join(format!("work-{round}")),
+    )
+}

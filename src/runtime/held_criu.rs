@@ -1,0 +1,88 @@
+//! What runs when a runtime calls `criu` and finds livemig under that name.
+//!
+//! Runtimes call CRIU several times, to ask it things, and once to have it do the work; each time as
+//! `criu swrk N`, with the request on the socket N (CRIU's `criu/cr-service.c`). So the request is looked
+//! at, without taking it, and the work waits for livemig's word ([`super::standby`]). Then this becomes
+//! CRIU, which finds the request where it was.
+
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{RecvFlags, recv};
+
+use super::setup::Links;
+use super::standby::{GO, OPTIONS, SOCKET};
+
+/// Does what CRIU was called for. Returns only if that did not become CRIU's work.
+pub fn run(program: &Path, arguments: Vec<OsString>) -> ExitCode {
+    let real = Links::beside(program).real();
+    if let Err(error) = wait(&arguments) {
+        eprintln!("livemig: CRIU was not let begin: {error}");
+        return ExitCode::FAILURE;
+    }
+    let error = Command::new(&real).args(arguments).exec();
+    eprintln!("livemig: cannot become {}: {error}", real.display());
+    ExitCode::FAILURE
+}
+
+/// Waits for livemig's word, if it is about work that livemig waits for.
+fn wait(arguments: &[OsString]) -> io::Result<()> {
+    let Some(socket) = std::env::var_os(SOCKET) else {
+        return Ok(());
+    };
+    let number = match arguments {
+        [mode, number] if mode == "swrk" => number.to_str().and_then(|text| text.parse().ok()),
+        _ => None,
+    };
+    let Some(request) = number else {
+        return Ok(());
+    };
+    let dumps = match Work::of(request)? {
+        None => return Ok(()),
+        Some(work) => work == Work::Dump,
+    };
+    let mut livemig = UnixStream::connect(socket)?;
+    let mut word = [0];
+    livemig.read_exact(&mut word)?;
+    if word != [GO] {
+        return Err(io::Error::other("livemig's word is not understood"));
+    }
+    if dumps && let Some(options) = std::env::var_os(OPTIONS) {
+        // CRIU uses the connection itself: it has to stay open, under a number that CRIU knows.
+        fcntl_setfd(&livemig, FdFlags::empty())?;
+        let mut options = std::fs::OpenOptions::new().append(true).open(options)?;
+        writeln!(options, "ps-socket {}", livemig.as_raw_fd())?;
+        std::mem::forget(livemig);
+    }
+    Ok(())
+}
+
+/// The requests that are work (`criu_req_type` in CRIU's `images/rpc.proto`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Work {
+    Dump,
+    Restore,
+}
+
+impl Work {
+    /// What is asked for on this socket; nothing if it is only a question.
+    fn of(socket: RawFd) -> io::Result<Option<Work>> {
+        // SAFETY: the number is that of a socket which the runtime has left open for CRIU; nothing in this
+        // process closes it, and if there is none, receiving fails.
+        let socket = unsafe { BorrowedFd::borrow_raw(socket) };
+        let mut head = [0; 2];
+        let (got, _) = recv(socket, &mut head[..], RecvFlags::PEEK)?;
+        Ok(match head {
+            // The first field is the type: number 1, an integer.
+            [0x08, 1 | 4] if got == 2 => Some(Work::Dump),
+            [0x08, 2] if got == 2 => Some(Work::Restore),
+            _ => None,
+        })
+    }
+}
