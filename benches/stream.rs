@@ -4,10 +4,10 @@
 //! Between two hosts of the lab, all from memory, to memory that is dropped:
 //! - *connection*: TLS 1.3 and HTTP, nothing else.
 //! - *bundle*: the same with the form that images have on the wire: frames, a digest, counted and checked.
+//! - *migration*: the direct engine moves a container with that much memory; what went while it was
+//!   frozen, by the time in which CRIU handed it out.
 //!
-//! In turns, so that whatever else the machine does hits both. Then a container with that much memory is
-//! moved by the direct engine: *migration* is what went while it was frozen, by the time in which CRIU
-//! handed it out.
+//! In turns, so that whatever else the machine does hits all of them.
 //!
 //! | variable | default | |
 //! | --- | --- | --- |
@@ -137,8 +137,8 @@ fn trust(state: &tempfile::TempDir, name: &str) -> Trust {
     Trust::open(state.path(), name, &Limits::default()).expect("a state directory")
 }
 
-/// Megabytes per second of each form, in turns.
-fn rates(source: &Node, destination: &Node, length: u64, runs: usize) -> Vec<(Form, Vec<f64>)> {
+/// Megabytes per second of each form, one after the other.
+fn rates(source: &Node, destination: &Node, length: u64) -> [f64; 2] {
     let states = [(); 2].map(|()| tempfile::tempdir().expect("a directory"));
     let [own, theirs] = [trust(&states[0], "h1"), trust(&states[1], "h2")];
     let peer = Peer::new(own.name.clone(), None, own.identity.fingerprint());
@@ -163,25 +163,23 @@ fn rates(source: &Node, destination: &Node, length: u64, runs: usize) -> Vec<(Fo
             let limits = Limits::default();
             let opened = Connection::open(&address, expected, &own.identity, &limits).await;
             let mut connection = opened.expect("it connects");
-            let mut rates = Form::ALL.map(|form| (form, Vec::new()));
-            for _ in 0..runs {
-                for (form, rates) in &mut rates {
-                    let (path, stream) = (form.path(), form.stream(length));
-                    let begin = Instant::now();
-                    let sent = connection
-                        .send_stream(Method::PUT, &path, HeaderMap::new(), stream, BOUND)
-                        .await;
-                    let took = begin.elapsed();
-                    let arrived: Result<u64, String> = sent.expect("an answer");
-                    assert_eq!(arrived, Ok(length), "all of it arrived");
-                    rates.push(length as f64 / 1e6 / took.as_secs_f64());
-                }
+            let mut rates = [0.0; 2];
+            for (form, rate) in Form::ALL.into_iter().zip(&mut rates) {
+                let (path, stream) = (form.path(), form.stream(length));
+                let begin = Instant::now();
+                let sent = connection
+                    .send_stream(Method::PUT, &path, HeaderMap::new(), stream, BOUND)
+                    .await;
+                let took = begin.elapsed();
+                let arrived: Result<u64, String> = sent.expect("an answer");
+                assert_eq!(arrived, Ok(length), "all of it arrived");
+                *rate = length as f64 / 1e6 / took.as_secs_f64();
             }
             rates
         });
         // Nobody else hears it.
         let _ = enough.send(());
-        rates.into()
+        rates
     })
 }
 
@@ -223,9 +221,13 @@ fn main() -> ExitCode {
     let mib: u64 = record::setting("LIVEMIG_BENCH_MIB", 2048);
     let runtime = Runtime::new().expect("a runtime");
     let pair = runtime.block_on(Pair::direct(Lab::builder(2)));
-    let rates = rates(pair.host(1), pair.host(2), mib << 19, runs);
+    let mut carried = Form::ALL.map(|form| (form, Vec::new()));
     let mut moves = Vec::new();
     for _ in 0..runs {
+        let rates = rates(pair.host(1), pair.host(2), mib << 19);
+        for ((_, all), rate) in carried.iter_mut().zip(rates) {
+            all.push(rate);
+        }
         moves.push(runtime.block_on(migration(&pair, mib)));
     }
     runtime.block_on(pair.down());
@@ -239,12 +241,9 @@ fn main() -> ExitCode {
         result[name] = figures.json();
         figures.median
     };
-    let carried = rates
-        .into_iter()
-        .map(|(form, rates)| show(form.name(), rates));
-    let carried: Vec<f64> = carried.collect();
+    let carried = carried.map(|(form, rates)| show(form.name(), rates));
     let moved = show("migration", moves.iter().map(|(rate, _)| *rate).collect());
-    let [share, of_bundle] = [carried[0], carried[1]].map(|carried| moved / carried);
+    let [share, of_bundle] = carried.map(|carried| moved / carried);
     result["share"] = json!(share);
     result["share_of_bundle"] = json!(of_bundle);
     result["reports"] = moves.into_iter().map(|(_, report)| report).collect();
