@@ -5,7 +5,7 @@
 //! migrations side by side.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,7 @@ use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
+use crate::criu::Freezer;
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
@@ -750,6 +751,7 @@ impl Sessions {
         let container = &session.offer.container;
         let options = RestoreOptions {
             tcp_established: true,
+            file_locks: true,
             ..RestoreOptions::default()
         };
         let ended = Arc::new(Mutex::new(Instant::now()));
@@ -831,6 +833,7 @@ impl Sessions {
             tracing::debug!(migration = %id, ?report, "what came for the container was let in");
         }
         let_memory_go(&session.journal)?;
+        self.gather(&session.journal).await;
         self.close(id, session)?;
         // Hops that no connection needs would only be in the way. The source does not wait for that.
         let config = self.config.clone();
@@ -847,9 +850,30 @@ impl Sessions {
         if let Some(journal) = self.left_behind(id)? {
             let_in(&journal).await?;
             let_memory_go(&journal)?;
+            self.gather(&journal).await;
             journal.close()?;
         }
         Ok(Nothing {})
+    }
+
+    /// Brings the processes of what came together in its cgroup: see [`Freezer::gather`]. The container
+    /// runs whether or not that succeeds.
+    async fn gather(&self, journal: &Journal) {
+        for container in journal.effects().iter().filter_map(Effect::restored) {
+            let gathered = async {
+                let pid = self.podman.inspect(container.as_str()).await?.pid;
+                let pid = pid.ok_or(Error::OutOfOrder("process"))?;
+                let root = Path::new("/");
+                Ok::<_, Error>(Freezer::of(pid, root)?.gather(pid, root)?)
+            };
+            match gathered.await {
+                Ok(0) => {}
+                Ok(moved) => tracing::debug!(%container, moved, "gathered in its cgroup"),
+                Err(error) => {
+                    tracing::warn!(%container, %error, "processes of it may be outside of its cgroup");
+                }
+            }
+        }
     }
 
     /// Undoes everything. An error means that the container may still be here.

@@ -76,6 +76,7 @@ impl Shell {
         let mut restoring = tokio::spawn(async move {
             let options = RestoreOptions {
                 tcp_established: true,
+                file_locks: true,
                 // Podman makes them, and livemig fills them.
                 ignore_volumes: true,
                 ..RestoreOptions::default()

@@ -118,6 +118,8 @@ pub(super) async fn checkpoint(podman: &Client, container: &Container) -> Result
         tcp_established: true,
         // livemig brings the changed files itself: Podman's own export loses some of them.
         ignore_rootfs: true,
+        // A database holds some, and CRIU balks at them unless it is told.
+        file_locks: true,
         ..CheckpointOptions::default()
     };
     podman

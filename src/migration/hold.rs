@@ -47,6 +47,8 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         ..HoldSpec::new(reserved.queue(), addresses.clone())
     });
     let freezer = Freezer::of(pid, Path::new("/"))?;
+    // All that is frozen is what is in there.
+    freezer.gather(pid, Path::new("/"))?;
     let own = migration.request.forward_new;
     let networks = &migration.preflight.offer.networks;
     let forwarding = forwarding::after_leaving(config, container, networks, hop, own)?;

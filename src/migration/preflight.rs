@@ -125,6 +125,9 @@ async fn look(
         .map_err(Error::of_host(&request.to))?;
     findings.extend(assessment.findings.iter().cloned());
     let engine = engine::choose(request, &offer, &assessment);
+    if engine == Engine::Rest {
+        findings.extend(checks::by_podman(&container));
+    }
     let mut preflight = Preflight {
         container,
         offer,

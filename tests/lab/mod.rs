@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
@@ -39,7 +39,7 @@ pub const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/lab");
 /// The image that hosts have, unless they are [cold](Builder::cold).
 pub const IMAGE: &str = "localhost/workload:latest";
 
-/// The distribution's iperf3, on hosts that are [to have it](Builder::iperf3).
+/// The distribution's iperf3, on hosts that are to have it: [`Builder::with`].
 pub const IPERF3: &str = "localhost/iperf3:latest";
 
 /// The virtual machines, for the shell.
@@ -213,9 +213,9 @@ impl Builder {
         self.option(&["--firewall"])
     }
 
-    /// Hosts have the image [`IPERF3`] too.
-    pub fn iperf3(self) -> Builder {
-        self.option(&["--iperf3"])
+    /// Hosts have the image `localhost/PROGRAM:latest` too, one of those of `tests/lab/programs.sh`.
+    pub fn with(self, program: &str) -> Builder {
+        self.option(&["--with", program])
     }
 
     fn option(mut self, option: &[&str]) -> Builder {
@@ -403,10 +403,21 @@ impl Node {
 
     /// The same, with variables. Hosts only hear those that begin with `LIVEMIG_` or `RUST_`.
     pub fn spawn_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Process {
+        let mut command = self.command(arguments);
+        command.envs(environment.iter().copied());
+        self.start(command, arguments)
+    }
+
+    /// Starts a command there that [is told things](Process::tell) as it goes on.
+    pub fn spawn_listening(&self, arguments: &[&str]) -> Process {
+        let mut command = self.command(arguments);
+        command.stdin(Stdio::piped());
+        self.start(command, arguments)
+    }
+
+    fn start(&self, mut command: Command, arguments: &[&str]) -> Process {
         let said = format!("{}: {}", self.name, arguments.join(" "));
-        let mut child = self
-            .command(arguments)
-            .envs(environment.iter().copied())
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -634,6 +645,16 @@ impl Process {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// Writes a line to its standard input.
+    pub async fn tell(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut();
+        let input = input.unwrap_or_else(|| panic!("`{}` does not listen", self.command));
+        input
+            .write_all(format!("{line}\n").as_bytes())
+            .await
+            .unwrap_or_else(|error| panic!("`{}` was told {line:?}: {error}", self.command));
     }
 
     /// Waits until it has written this text, to standard output or standard error. Panics when it
