@@ -327,6 +327,10 @@ impl Sessions {
                 let memory = direct::fetched(&mut *session.lock().await, body);
                 memory.or_else(|error| said::<Nothing>(Err(error)))
             }
+            (&Method::POST, ["v1", "migrations", id, "fetched"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                said(direct::all_fetched(&mut *session.lock().await).await)
+            }
             (&Method::PUT, ["v1", "migrations", id, part @ ..]) if direct::is_part(part) => {
                 let (id, session) = self.find(&caller, id)?;
                 let mut session = session.lock().await;

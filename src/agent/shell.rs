@@ -284,18 +284,28 @@ impl Shell {
     /// What Podman says if it has not.
     pub async fn recorded(self) -> Result<(), Error> {
         joined(self.restoring.await)?;
-        if let Some(mut criu) = self.fetching {
-            let status = criu.wait().await.map_err(runtime::Error::Lost)?;
-            if !status.success() {
-                return Err(runtime::Error::Failed {
-                    program: "criu lazy-pages".to_owned(),
-                    status: status.to_string(),
-                    said: format!("see {}", self.work.join("lazy-pages.log").display()),
-                }
-                .into());
-            }
-        }
         Ok(())
+    }
+
+    /// Waits until the container has all of its memory, if it was fetched. Once the source has served the last
+    /// page that is at once.
+    ///
+    /// # Errors
+    /// [`runtime::Error::Failed`] if it does not get it.
+    pub async fn fetched(&mut self) -> Result<(), Error> {
+        let Some(criu) = &mut self.fetching else {
+            return Ok(());
+        };
+        let status = criu.wait().await.map_err(runtime::Error::Lost)?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(runtime::Error::Failed {
+            program: "criu lazy-pages".to_owned(),
+            status: status.to_string(),
+            said: format!("see {}", self.work.join("lazy-pages.log").display()),
+        }
+        .into())
     }
 
     /// Has Podman give up the container, if it does not run yet, and waits until it has.

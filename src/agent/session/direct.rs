@@ -41,6 +41,13 @@ pub(super) fn fetched(session: &mut Session, body: Body) -> Result<Response<Repl
     Ok(reply::stream(ReaderStream::new(wanted)))
 }
 
+/// Says when all of the memory has been fetched.
+pub(super) async fn all_fetched(session: &mut Session) -> Result<Nothing, Error> {
+    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    shell.fetched().await?;
+    Ok(Nothing {})
+}
+
 impl Sessions {
     /// Takes a part of a container that still runs at its source, or stands frozen there.
     pub(super) async fn take(
