@@ -50,6 +50,17 @@ test: prepare ## all tests (root: hosts are made of namespaces)
 	fi
 	cargo test --doc
 
+# With the command as it is in debug builds: those can be stopped at a chosen moment.
+.PHONY: test-faults
+test-faults: prepare ## every fault at every moment of a migration (LIVEMIG_FAULTS=freeze/agent-killed,...)
+	cargo test --test faults -- --run
+
+# 40 take some eight minutes; RUNS=200, forty.
+.PHONY: test-soak
+test-soak: prepare ## a container moves to and fro under load, with faults drawn by lot (RUNS=40)
+	LIVEMIG_SOAK_RUNS=$(if $(filter command,$(firstword $(origin RUNS))),$(RUNS),40) \
+		cargo test --test faults -- --soak
+
 .PHONY: demo
 demo: prepare ## watch a container move while a client talks to it (root)
 	cargo bench --bench demo
@@ -72,7 +83,7 @@ demo-vm: prepare-vm ## one of them, step by step (root)
 # Optimised, each prints its table and writes target/bench/NAME.json. About 40 minutes in all; for
 # figures that mean something, on a machine that does nothing else. All are run, also when one of them
 # falls short of what is asked of it, which the exit status then says.
-BENCHES := downtime udp iperf flows
+BENCHES := downtime growth stream udp iperf flows
 
 .PHONY: bench
 bench: prepare ## all benches below, one after the other (RUNS=15, of the first)
@@ -85,6 +96,15 @@ bench: prepare ## all benches below, one after the other (RUNS=15, of the first)
 .PHONY: bench-downtime
 bench-downtime: prepare ## gap, total time, bytes and memory by engine and size, beside the floor
 	LIVEMIG_BENCH_RUNS=$(RUNS) cargo bench --bench downtime
+
+# Storage in memory has to hold what Podman makes of the largest containers.
+.PHONY: bench-growth
+bench-growth: prepare ## gap and total time against the container's memory, 64 MiB to 4 GiB: table and SVG
+	LIVEMIG_LAB_STORAGE_SIZE=$${LIVEMIG_LAB_STORAGE_SIZE:-8g} cargo bench --bench growth
+
+.PHONY: bench-stream
+bench-stream: prepare ## what one connection between two agents carries, and a container's memory on it
+	cargo bench --bench stream
 
 .PHONY: bench-udp
 bench-udp: prepare ## numbered datagrams at four rates, one way and as echo, with and without a migration

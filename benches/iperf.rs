@@ -22,13 +22,13 @@
 mod lab;
 mod record;
 
-use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use lab::pair::{self, Pair};
 use lab::{Lab, Node, Process};
 use record::number;
+use record::svg::{Anchor, Drawing, Stroke};
 use serde_json::{Value, json};
 
 const PORT: &str = "5201";
@@ -140,7 +140,7 @@ async fn main() -> ExitCode {
 
 /// One run, on fresh hosts. None if this livemig cannot be told not to shorten paths.
 async fn measure(protocol: Protocol, shortened: bool, seconds: u64) -> Option<Run> {
-    let pair = Pair::of(Lab::builder(3).iperf3()).await;
+    let pair = Pair::of(Lab::builder(3).with("iperf3")).await;
     let (h1, c1) = (pair.host(1), pair.client(1));
     let mut options: &[&str] = &[];
     if !shortened {
@@ -243,7 +243,7 @@ async fn finish(client: &mut Process, deadline: Instant) -> String {
 
 /// One hop of WireGuard without anything of ours around it.
 async fn raw(protocol: Protocol, seconds: u64) -> f64 {
-    let lab = Lab::builder(2).iperf3().up().await;
+    let lab = Lab::builder(2).with("iperf3").up().await;
     let (h1, h2, c1) = (lab.host(1), lab.host(2), lab.client(1));
     let mut devices = Vec::new();
     let mut keys = Vec::new();
@@ -468,16 +468,8 @@ fn chart(runs: &[Run]) -> String {
     const TOP: f64 = 50.0;
     let last = runs.iter().filter_map(|run| run.samples.last());
     let seconds = last.map(|sample| sample.to).fold(1.0, f64::max).ceil();
-    let height = TOP + 2.0 * (PANEL + GAP);
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 1000 {height}\" \
-         font-family=\"sans-serif\" font-size=\"13\">\n\
-         <rect width=\"1000\" height=\"{height}\" fill=\"white\"/>\n"
-    );
+    let mut drawing = Drawing::new(1000.0, TOP + 2.0 * (PANEL + GAP));
     let x = |at: f64| LEFT + WIDTH * at / seconds;
-    let mut line = |text: &str| {
-        let _ = writeln!(out, "{text}");
-    };
     for (index, protocol) in [Protocol::Tcp, Protocol::Udp].into_iter().enumerate() {
         let of: Vec<&Run> = runs.iter().filter(|run| run.protocol == protocol).collect();
         let bottom = TOP + PANEL + index as f64 * (PANEL + GAP);
@@ -494,79 +486,44 @@ fn chart(runs: &[Run]) -> String {
             let below = top - rate.max(1e-9).log10();
             bottom - PANEL * (1.0 - below / decades).clamp(0.0, 1.0)
         };
-        line(&format!(
-            "<text x=\"{LEFT}\" y=\"{}\" font-size=\"15\" font-weight=\"bold\">iperf3 {}: {}</text>",
-            bottom - PANEL - 14.0,
-            protocol.name().to_uppercase(),
-            protocol.unit()
-        ));
+        let name = protocol.name().to_uppercase();
+        let heading = format!("iperf3 {name}: {}", protocol.unit());
+        drawing.heading((LEFT, bottom - PANEL - 14.0), &heading);
         for tick in 0..=decades as i32 {
             let value = 10f64.powf(top - f64::from(tick));
             let at = y(value);
-            line(&format!(
-                "<line x1=\"{LEFT}\" y1=\"{at:.1}\" x2=\"{:.1}\" y2=\"{at:.1}\" stroke=\"#ddd\"/>\
-                 <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{value:.0}</text>",
-                LEFT + WIDTH,
-                LEFT - 8.0,
-                at + 4.0
-            ));
+            drawing.line((LEFT, at), (LEFT + WIDTH, at), Stroke::GRID);
+            let value = format!("{value:.0}");
+            drawing.text((LEFT - 8.0, at + 4.0), Anchor::Left, &value);
         }
         for second in (0..=seconds as u32).step_by(5) {
-            line(&format!(
-                "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{second}{}</text>",
-                x(second.into()),
-                bottom + 18.0,
-                if second == 0 { " s" } else { "" }
-            ));
+            let unit = if second == 0 { " s" } else { "" };
+            let at = (x(second.into()), bottom + 18.0);
+            drawing.text(at, Anchor::Middle, &format!("{second}{unit}"));
         }
         for (number, run) in of.iter().enumerate() {
-            let (colour, dash, label) = if run.shortened {
-                ("#0b62a4", "", "path shortened (default)")
+            let (stroke, label) = if run.shortened {
+                let stroke = Stroke::new("#0b62a4", 2.0);
+                (stroke, "path shortened (default)")
             } else {
-                (
-                    "#c4531a",
-                    " stroke-dasharray=\"6 3\"",
-                    "chain kept (--keep-chain)",
-                )
+                let stroke = Stroke::new("#c4531a", 2.0).dashed();
+                (stroke, "chain kept (--keep-chain)")
             };
             for (at, (begin, end, _)) in run.migrations.iter().enumerate() {
-                line(&format!(
-                    "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{PANEL}\" fill=\"{colour}\" \
-                     opacity=\"0.12\"/>",
-                    x(*begin),
-                    bottom - PANEL,
-                    x(*end) - x(*begin)
-                ));
+                let corner = (x(*begin), bottom - PANEL);
+                let size = (x(*end) - x(*begin), PANEL);
+                drawing.bar(corner, size, stroke.colour, 0.12);
                 if number == 0 {
-                    line(&format!(
-                        "<text x=\"{:.1}\" y=\"{:.1}\" fill=\"#555\">h{}→h{}</text>",
-                        x(*begin) + 2.0,
-                        bottom - PANEL + 14.0,
-                        at + 1,
-                        at + 2
-                    ));
+                    let hosts = format!("h{}→h{}", at + 1, at + 2);
+                    drawing.text((corner.0 + 2.0, corner.1 + 14.0), Anchor::Right, &hosts);
                 }
             }
-            let points: Vec<String> = run
-                .samples
-                .iter()
-                .map(|s| format!("{:.1},{:.1}", x(f64::midpoint(s.from, s.to)), y(s.rate)))
-                .collect();
-            line(&format!(
-                "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"{dash}/>",
-                points.join(" ")
-            ));
-            let key = LEFT + number as f64 * 260.0;
-            line(&format!(
-                "<line x1=\"{key}\" y1=\"{at}\" x2=\"{}\" y2=\"{at}\" stroke=\"{colour}\" \
-                 stroke-width=\"2\"{dash}/><text x=\"{}\" y=\"{}\">{label}</text>",
-                key + 30.0,
-                key + 36.0,
-                bottom + 42.0,
-                at = bottom + 38.0
-            ));
+            let points = run.samples.iter();
+            let points = points.map(|s| (x(f64::midpoint(s.from, s.to)), y(s.rate)));
+            drawing.path(points, stroke);
+            let key = (LEFT + number as f64 * 260.0, bottom + 38.0);
+            drawing.key(key, stroke, label);
         }
     }
-    out.push_str("</svg>\n");
-    out
+    drawing.finish()
 }

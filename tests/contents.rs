@@ -230,6 +230,64 @@ with a line break'
 }
 
 #[tokio::test]
+async fn locks_on_files() {
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let locked = ["files", "7000", "--lock", "/data/modified"];
+    let source = pair.host(1);
+    source
+        .run_workload("web", &["-p", "7000:7000"], &locked)
+        .await;
+    pair.client(1).ask(source.address(), 7000, "info").await;
+    for (from, to, engine) in [(1, 2, "rest"), (2, 1, "direct")] {
+        let options = ["--engine", engine];
+        let output = pair.try_migrate("web", from, to, &options).await;
+        assert!(output.status.success(), "{output}");
+        pair.assert_moved("web", from, to, &report(&output)).await;
+        // As whoever sees the container's files sees it.
+        let root = root_of(pair.host(to), "web").await;
+        let take = |name: &str| {
+            let file = std::fs::File::open(root.join("data").join(name)).expect("it is there");
+            file.try_lock().is_ok()
+        };
+        assert!(!take("modified"), "the lock did not come along");
+        assert!(take("untouched"));
+    }
+    pair.down().await;
+}
+
+/// Official images of databases have their data in such a directory.
+#[tokio::test]
+async fn the_root_of_a_volume() {
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let (source, destination) = (pair.host(1), pair.host(2));
+    let run = ["-v", "own:/own", "-w", "/own", "-p", "7000:7000"];
+    source.run_workload("web", &run, &["echo", "7000"]).await;
+    let root = async |host: &Node| {
+        let format = "{{.Mountpoint}}";
+        let at = host.exec(&["podman", "volume", "inspect", "-f", format, "own"]);
+        host.path(at.await.text())
+    };
+    let stat = |path: &Path| {
+        let meta = path.metadata().expect("it is there");
+        (meta.uid(), meta.gid(), meta.mode() & 0o7777)
+    };
+    let at = root(source).await;
+    std::os::unix::fs::chown(&at, Some(101), Some(102)).expect("root may");
+    source
+        .sh("chmod 0700 $(podman volume inspect -f '{{.Mountpoint}}' own)")
+        .await;
+    assert_eq!(stat(&at), (101, 102, 0o700));
+
+    let refused = pair.try_migrate("web", 1, 2, &["--engine", "rest"]).await;
+    assert_eq!(refused.status.code(), Some(3), "{refused}");
+    assert!(refused.stdout.contains("volume-root"), "{refused}");
+    let output = pair.try_migrate("web", 1, 2, &["--engine", "direct"]).await;
+    assert!(output.status.success(), "{output}");
+    assert_eq!(stat(&root(destination).await), (101, 102, 0o700));
+    pair.down().await;
+}
+
+#[tokio::test]
 async fn volumes() {
     let pair = Pair::up().await;
     let (source, destination) = (pair.host(1), pair.host(2));

@@ -588,6 +588,32 @@ async fn containers_that_cannot_be_taken_apart_from_their_host() {
         )
         .await;
     refuse("ring", "io-uring-in-use", &["io_uring"], "io_uring").await;
+    source.run_workload("paths", &[], &["mptcp", "7000"]).await;
+    refuse("paths", "socket-not-dumpable", &["MPTCP"], "plain TCP").await;
+    pair.down().await;
+}
+
+/// CRIU reads the limits of every process, which root without that capability may not.
+#[tokio::test]
+async fn processes_of_others_where_root_is_not_all_of_root() {
+    let pair = Pair::up().await;
+    idle(pair.host(1), "theirs", &["--user", "1234"]).await;
+    let without = ["setpriv", "--bounding-set", "-sys_resource"];
+    for verb in ["check", "migrate"] {
+        let command = ["livemig", "--json", verb, "theirs", "--to", "h2"];
+        let refused = pair
+            .host(1)
+            .try_exec(&[&without[..], &command].concat())
+            .await;
+        assert_eq!(refused.status.code(), Some(REFUSED), "{refused}");
+        for part in ["limits-not-readable", "user 1234", "CAP_SYS_RESOURCE"] {
+            assert!(refused.stdout.contains(part), "no {part} in {refused}");
+        }
+    }
+    // Root's own are no obstacle.
+    idle(pair.host(1), "own", &[]).await;
+    let command = ["livemig", "check", "own", "--to", "h2"];
+    pair.host(1).exec(&[&without[..], &command].concat()).await;
     pair.down().await;
 }
 

@@ -20,8 +20,10 @@
 //! | `LIVEMIG_BENCH_ENGINES` | all that this livemig has | `naive,rest,direct,postcopy,floor` |
 //! | `LIVEMIG_BENCH_WORKLOADS` | all | `echo,64MiB,512MiB,2GiB,64MiB-dirty,...` |
 //!
-//! The result is in `target/bench/downtime.json`.
+//! The result is in `target/bench/downtime.json`, and the parts of each downtime, as the reports have
+//! them, in the picture `breakdown.svg`.
 
+mod breakdown;
 mod engine;
 #[path = "../../tests/lab/mod.rs"]
 mod lab;
@@ -83,6 +85,9 @@ async fn main() -> ExitCode {
     table(&pairs);
     let items: Vec<Value> = pairs.iter().map(summary).collect();
     record::write_json("downtime.json", &json!(items));
+    if let Some(picture) = breakdown::chart(&pairs) {
+        record::write("breakdown.svg", &picture);
+    }
     if verdict::passed(&pairs) {
         ExitCode::SUCCESS
     } else {

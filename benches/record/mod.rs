@@ -3,6 +3,8 @@
 // Each bench uses its own part of this.
 #![allow(dead_code)]
 
+pub mod svg;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;

@@ -9,6 +9,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::processes::Obstacle;
 use super::{Features, Version};
 
 macro_rules! codes {
@@ -57,12 +58,22 @@ codes! {
     ArchitectureMismatch = "architecture-mismatch",
     /// A process uses io_uring.
     IoUringInUse = "io-uring-in-use",
+    /// A process has a file open that CRIU does not know.
+    FileNotDumpable = "file-not-dumpable",
+    /// The container has sockets of a protocol that CRIU does not know.
+    SocketNotDumpable = "socket-not-dumpable",
+    /// A process is being traced.
+    ProcessTraced = "process-traced",
+    /// The limits of a process may not be read.
+    LimitsNotReadable = "limits-not-readable",
     /// An option stands where it crashes CRIU.
     NetworkLockMisplaced = "network-lock-misplaced",
     /// CRIU would use iptables, which is not installed.
     NetworkLockUnavailable = "network-lock-unavailable",
     /// The destination's kernel is older than the source's.
     KernelOlderAtDestination = "kernel-older-at-destination",
+    /// The container's memory does not fit into the destination's.
+    MemoryDoesNotFit = "memory-does-not-fit",
     /// The engine that was asked for is not set up.
     EngineUnavailable = "engine-unavailable",
     /// Memory cannot be fetched after the move.
@@ -92,6 +103,8 @@ codes! {
     StorageDriver = "storage-driver",
     /// A volume is no plain directory.
     VolumeDriver = "volume-driver",
+    /// The root directory of a volume will have another owner or mode.
+    VolumeRoot = "volume-root",
     /// A mount has a writable layer of its own.
     OverlayMount = "overlay-mount",
     /// An image is mounted into the container.
@@ -477,19 +490,81 @@ fn cpu(source: &Features, destination: &Features) -> Vec<Finding> {
     findings
 }
 
-/// Says that these processes use io_uring; nothing if there are none.
-pub fn io_uring(pids: &[u32]) -> Option<Finding> {
-    let first = pids.first()?;
-    let others = match pids.len() - 1 {
-        0 => String::new(),
-        1 => " and one more".into(),
-        others => format!(" and {others} more"),
+/// Says what CRIU cannot dump of these processes: one finding for each kind of it.
+pub fn processes(obstacles: &[(u32, Obstacle)]) -> Vec<Finding> {
+    let mut kinds: Vec<(Code, u32, &Obstacle, usize)> = Vec::new();
+    for (pid, obstacle) in obstacles {
+        let code = match obstacle {
+            Obstacle::IoUring => Code::IoUringInUse,
+            Obstacle::File(_) => Code::FileNotDumpable,
+            Obstacle::Traced { .. } => Code::ProcessTraced,
+            Obstacle::Limits { .. } => Code::LimitsNotReadable,
+        };
+        match kinds.iter_mut().find(|(known, ..)| *known == code) {
+            Some((.., others)) => *others += 1,
+            None => kinds.push((code, *pid, obstacle, 0)),
+        }
+    }
+    let kinds = kinds.into_iter();
+    kinds
+        .map(|(code, first, obstacle, others)| {
+            let others = match others {
+                0 => String::new(),
+                1 => " and one more".into(),
+                others => format!(" and {others} more"),
+            };
+            let who = format!("process {first}{others} of the container");
+            match obstacle {
+                Obstacle::IoUring => Finding::refuse(
+                    code,
+                    format!("{who} uses io_uring, which CRIU cannot dump"),
+                    "switch io_uring off in the application, or for the whole host with \
+                     `sysctl kernel.io_uring_disabled=2` before the container starts",
+                ),
+                Obstacle::File(kind) => Finding::refuse(
+                    code,
+                    format!("{who} has a file open that CRIU cannot dump: {kind}"),
+                    "have the application close it first, or do without",
+                ),
+                Obstacle::Traced { by } => Finding::refuse(
+                    code,
+                    match by {
+                        0 => format!("{who} is being traced, and CRIU has to trace it itself"),
+                        by => format!("{who} is traced by {by}, and CRIU has to trace it itself"),
+                    },
+                    "end the debugger or tracer first",
+                ),
+                Obstacle::Limits { user } => Finding::refuse(
+                    code,
+                    format!(
+                        "{who} belongs to user {user}, and root here lacks CAP_SYS_RESOURCE, without \
+                         which CRIU cannot read its limits"
+                    ),
+                    "give Podman's service and livemig that capability (this host looks like a \
+                     container itself), or run the container's processes as root",
+                ),
+            }
+        })
+        .collect()
+}
+
+/// Says that there are sockets of these protocols; nothing if there are none.
+pub fn sockets(protocols: &[&str]) -> Option<Finding> {
+    let first = protocols.first()?;
+    let next = match *first {
+        "MPTCP" | "MPTCPv6" => {
+            "have it use plain TCP: `GODEBUG=multipathtcp=0` for programs in Go, or \
+             `sysctl net.mptcp.enabled=0` in the container (--sysctl)"
+        }
+        _ => "have the application close them first, or do without",
     };
     Some(Finding::refuse(
-        Code::IoUringInUse,
-        format!("process {first}{others} of the container uses io_uring, which CRIU cannot dump"),
-        "switch io_uring off in the application, or for the whole host with \
-         `sysctl kernel.io_uring_disabled=2` before the container starts",
+        Code::SocketNotDumpable,
+        format!(
+            "the container has sockets of {}, which CRIU cannot dump",
+            protocols.join(" and ")
+        ),
+        next,
     ))
 }
 
@@ -670,18 +745,24 @@ mod tests {
     }
 
     #[test]
-    fn io_uring_names_its_processes() {
-        assert_eq!(io_uring(&[]), None);
-        let finding = io_uring(&[7, 8, 9]).expect("a finding");
-        assert_eq!(
-            (finding.code, finding.severity),
-            (Code::IoUringInUse, Refuse)
-        );
-        assert!(
-            finding.what.contains("process 7 and 2 more"),
-            "{}",
-            finding.what
-        );
+    fn what_cannot_be_dumped_names_its_processes() {
+        assert_eq!(processes(&[]), []);
+        let limits = Obstacle::Limits { user: 101 };
+        let found = processes(&[
+            (7, Obstacle::IoUring),
+            (8, Obstacle::IoUring),
+            (8, limits),
+            (9, Obstacle::IoUring),
+        ]);
+        let [ring, limits] = &found[..] else {
+            panic!("{found:?}");
+        };
+        assert_eq!((ring.code, ring.severity), (Code::IoUringInUse, Refuse));
+        assert!(ring.what.contains("process 7 and 2 more"), "{}", ring.what);
+        assert_eq!(limits.code, Code::LimitsNotReadable);
+        assert!(limits.what.contains("user 101"), "{}", limits.what);
+        let sockets = sockets(&["MPTCP", "SCTP"]).expect("a finding");
+        assert!(sockets.what.contains("MPTCP and SCTP"), "{}", sockets.what);
     }
 
     #[test]

@@ -34,6 +34,16 @@ pub enum Error {
         /// What was found instead.
         why: String,
     },
+    /// A process of the container is in another cgroup than the container.
+    #[error("process {pid} could not be moved to {}, where the container is", cgroup.display())]
+    Gather {
+        /// Which one.
+        pid: u32,
+        /// The container's cgroup.
+        cgroup: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// The processes did not stop in time. They have been let go again.
     #[error("the processes in {} did not stop within {} ms", path.display(), waited.as_millis())]
     NotFrozen {

@@ -43,6 +43,9 @@ pub struct Freezer {
     kind: Kind,
 }
 
+/// How often processes that are elsewhere are looked for.
+const ROUNDS: usize = 8;
+
 /// Whether a container's processes are stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -127,6 +130,51 @@ impl Freezer {
         let strange =
             |pid: &u32| own.binary_search(pid).is_err() && proc.join(pid.to_string()).exists();
         Ok(inside.into_iter().find(strange))
+    }
+
+    /// Brings those of the container's processes that are in another cgroup to where its first one is,
+    /// and returns how many there were.
+    ///
+    /// A runtime that restores a container without CRIU's help in cgroups (crun with
+    /// `manage-cgroups=ignore`) puts its first process into the cgroup, and leaves the others where it
+    /// is itself: they would not be frozen, limited or counted with it.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if it cannot be found out who is where, [`Error::Gather`] if one cannot be moved.
+    pub fn gather(&self, pid: u32, root: &Path) -> Result<usize> {
+        let proc = root.join("proc");
+        let mut moved = 0;
+        // A process may have a child between being seen and being moved.
+        for _ in 0..ROUNDS {
+            let own = processes::descendants(pid, &proc)?;
+            let inside = processes::in_cgroup(&self.path)?;
+            let outside: Vec<u32> = own
+                .into_iter()
+                .filter(|pid| inside.binary_search(pid).is_err())
+                .filter(|pid| proc.join(pid.to_string()).exists())
+                .collect();
+            if outside.is_empty() {
+                break;
+            }
+            let Some(home) = processes::holder(&self.path, pid)? else {
+                break;
+            };
+            let list = home.join("cgroup.procs");
+            for pid in outside {
+                match std::fs::write(&list, pid.to_string()) {
+                    Ok(()) => moved += 1,
+                    Err(error) if gone(&error) => {}
+                    Err(source) => {
+                        return Err(Error::Gather {
+                            pid,
+                            cgroup: home,
+                            source,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(moved)
     }
 
     /// The cgroup's directory.
@@ -717,6 +765,47 @@ mod tests {
         let mount = mounted(Kind::Unified).expect("a cgroup v2 mount: this test needs one");
         let counting = Counting::start(&mount, "v2");
         stops_and_goes_on(&counting, Kind::Unified).await;
+    }
+
+    #[test]
+    fn processes_that_are_elsewhere_are_gathered() {
+        let mount = mounted(Kind::Unified).expect("a cgroup v2 mount: this test needs one");
+        let path = mount.join(format!("livemig-test-gather-{}", std::process::id()));
+        std::fs::create_dir(&path).expect("made: this test needs root");
+        // What it starts before it goes in stays where it was.
+        let script = "sleep 60 & echo $$ >$0/cgroup.procs; echo $!; wait";
+        let mut first = Command::new("sh")
+            .args(["-c", script])
+            .arg(&path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("started");
+        let mut line = String::new();
+        BufReader::new(first.stdout.take().expect("piped"))
+            .read_line(&mut line)
+            .expect("it says who the other is");
+        let mut both = [first.id(), line.trim().parse().expect("a process")];
+        both.sort_unstable();
+        let freezer = Freezer {
+            path: path.clone(),
+            kind: Kind::Unified,
+        };
+        let inside = || processes::in_cgroup(&path).expect("listed");
+        let before = inside();
+        let moved = [(); 2].map(|()| freezer.gather(first.id(), Path::new("/")));
+        let after = inside();
+        for pid in both {
+            let pid = rustix::process::Pid::from_raw(pid.cast_signed()).expect("not 0");
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
+        }
+        first.wait().expect("waited");
+        let end = Instant::now() + Duration::from_secs(5);
+        while std::fs::remove_dir(&path).is_err() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(before, [first.id()]);
+        assert_eq!(moved.map(|moved| moved.expect("moved")), [1, 0]);
+        assert_eq!(after, both);
     }
 
     /// On systems that have no v1 freezer there is nothing of it to test.

@@ -5,6 +5,7 @@
 //! container is frozen.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use ipnetwork::IpNetwork;
@@ -70,7 +71,7 @@ pub(super) fn at_source(
             "move containers of root's Podman",
         ));
     }
-    findings.extend(io_uring(container));
+    findings.extend(not_dumpable(container));
     namespaces(container, &mut findings);
     storage(container, &mut findings);
     what_stays_behind(container, &mut findings);
@@ -79,11 +80,77 @@ pub(super) fn at_source(
     findings
 }
 
-/// Looks into every process of the container: CRIU would fail on an io_uring only when all is frozen.
-fn io_uring(container: &Container) -> Option<Finding> {
-    let freezer = Freezer::of(container.pid?, Path::new("/")).ok()?;
-    let pids = processes::in_cgroup(freezer.path()).ok()?;
-    criu::check::io_uring(&processes::with_io_uring(&pids, Path::new("/proc")).ok()?)
+/// All processes of the container, those outside of its cgroup included.
+fn processes_of(container: &Container, proc: &Path) -> criu::Result<Vec<u32>> {
+    let Some(pid) = container.pid else {
+        return Ok(Vec::new());
+    };
+    let freezer = Freezer::of(pid, Path::new("/"))?;
+    let mut pids = processes::in_cgroup(freezer.path())?;
+    pids.extend(processes::descendants(pid, proc)?);
+    pids.sort_unstable();
+    pids.dedup();
+    Ok(pids)
+}
+
+/// Looks into every process of the container: CRIU would fail only when all is frozen. What cannot be
+/// found out is left to CRIU.
+fn not_dumpable(container: &Container) -> Vec<Finding> {
+    let proc = Path::new("/proc");
+    let look = || {
+        let pids = processes_of(container, proc)?;
+        let mut findings = criu::check::processes(&processes::obstacles(&pids, proc)?);
+        if let Some(pid) = container.pid {
+            findings.extend(criu::check::sockets(&processes::protocols(pid, proc)?));
+        }
+        Ok::<_, criu::Error>(findings)
+    };
+    look().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the container's processes cannot be looked into");
+        Vec::new()
+    })
+}
+
+/// What Podman's own import does to a container's volumes: it brings all that is in them, but not the
+/// owner and the mode of the directory that they are. (Its unpacking leaves out the entry `.`: `Unpack` in
+/// the archive package of containers/storage.) CRIU insists on the mode of what is open.
+pub(super) fn by_podman(container: &Container) -> Vec<Finding> {
+    let pids = processes_of(container, Path::new("/proc")).unwrap_or_default();
+    let mut findings = Vec::new();
+    for mount in &container.mounts {
+        let Mount::Volume {
+            name,
+            source,
+            destination,
+            ..
+        } = mount
+        else {
+            continue;
+        };
+        let Ok(root) = std::fs::metadata(source) else {
+            continue;
+        };
+        let mode = root.mode() & 0o7777;
+        if (root.uid(), root.gid(), mode) == (0, 0, 0o755) {
+            continue;
+        }
+        let what = format!(
+            "the root directory of volume {name} belongs to {}:{} with mode {mode:04o}, and Podman's \
+             import will make it 0:0 with mode 0755",
+            root.uid(),
+            root.gid()
+        );
+        let next = "run `livemig setup` on both hosts for the direct engine, or have the data in a \
+                    directory below";
+        let open = mode != 0o755 && processes::are_in(destination, &pids, Path::new("/proc"));
+        findings.push(if open {
+            let what = format!("{what}, at which CRIU balks: a process has it open");
+            Finding::refuse(Code::VolumeRoot, what, next)
+        } else {
+            Finding::warn(Code::VolumeRoot, what, next)
+        });
+    }
+    findings
 }
 
 fn namespaces(container: &Container, findings: &mut Vec<Finding>) {
@@ -408,6 +475,7 @@ pub(crate) async fn at_destination(
         networks_to_make,
         host,
         direct,
+        room: room(config),
     })
 }
 
@@ -422,6 +490,19 @@ fn forwarding(findings: &mut Vec<Finding>) -> Result<()> {
         other => other?,
     }
     Ok(())
+}
+
+/// How much of a container's memory this host can take at once: what its file system in memory has room for,
+/// and it has memory for (`MemAvailable` in proc_meminfo(5)).
+fn room(config: &Config) -> u64 {
+    let file_system = rustix::fs::statvfs(&config.memory_dir);
+    let file_system = file_system.map_or(0, |it| it.f_bavail.saturating_mul(it.f_frsize));
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = text.lines().find_map(|line| {
+        let line = line.strip_prefix("MemAvailable:")?;
+        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
+    });
+    file_system.min(available.unwrap_or(0) << 10)
 }
 
 async fn identity(

@@ -70,6 +70,9 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
                 async { Ok::<_, Error>(DeltaFile::make(layers(container)?, staging).await?) };
             let checkpoint = checkpoint(&migration.hands.podman, container);
             let (checkpoint, changed, flows) = futures::join!(checkpoint, changed, mark);
+            // If Podman has died, its runtime goes on.
+            migration.hands.unsure |=
+                matches!(&checkpoint, Err(error) if error.is_podmans_silence());
             let frozen = checkpoint.and_then(|checkpoint| {
                 let changed = changed?;
                 Ok(Frozen::Rest {
@@ -118,6 +121,8 @@ pub(super) async fn checkpoint(podman: &Client, container: &Container) -> Result
         tcp_established: true,
         // livemig brings the changed files itself: Podman's own export loses some of them.
         ignore_rootfs: true,
+        // A database holds some, and CRIU balks at them unless it is told.
+        file_locks: true,
         ..CheckpointOptions::default()
     };
     podman

@@ -36,6 +36,7 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
         return Ok(());
     }
     memory_rounds(migration).await?;
+    shell::send(migration).await?;
     let mut mirror = Mirror::new(sources(&migration.preflight.container)?);
     let mut before = u64::MAX;
     for _ in 0..MOST_ROUNDS {
@@ -57,7 +58,7 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
 
 /// Copies memory for as long as the next round is likely to leave less to the downtime.
 async fn memory_rounds(migration: &mut Migration<'_>) -> Result<()> {
-    let memory = resident(&migration.preflight.container);
+    let memory = migration.preflight.offer.memory;
     let tracks = |criu: &Criu| criu.dirty_tracking;
     let criu = &migration.preflight.offer.features.criu;
     if !criu.as_ref().is_some_and(tracks) || memory < WORTH_A_ROUND {
@@ -117,7 +118,7 @@ fn within_budget(migration: &Migration<'_>, last: Round) -> bool {
 }
 
 /// How much memory a container's processes have, in bytes, shared parts counted by each.
-fn resident(container: &Container) -> u64 {
+pub(super) fn resident(container: &Container) -> u64 {
     let pids = container
         .pid
         .and_then(|pid| Freezer::of(pid, Path::new("/")).ok())

@@ -15,6 +15,8 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+pub mod gate;
+pub mod link;
 pub mod pair;
 
 use std::collections::{BTreeMap, HashMap};
@@ -27,7 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
@@ -37,7 +39,7 @@ pub const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/lab");
 /// The image that hosts have, unless they are [cold](Builder::cold).
 pub const IMAGE: &str = "localhost/workload:latest";
 
-/// The distribution's iperf3, on hosts that are [to have it](Builder::iperf3).
+/// The distribution's iperf3, on hosts that are to have it: [`Builder::with`].
 pub const IPERF3: &str = "localhost/iperf3:latest";
 
 /// The virtual machines, for the shell.
@@ -82,9 +84,14 @@ impl Lab {
             hosts,
             clients: 1,
             options: Vec::new(),
-            bin_dir: option_env!("CARGO_BIN_EXE_livemig")
-                .and_then(|path| Path::new(path).parent())
-                .map(PathBuf::from),
+            storage_size: None,
+            // What was built with this test, unless somebody wants another.
+            bin_dir: match std::env::var_os("LIVEMIG_BIN_DIR") {
+                Some(directory) => Some(directory.into()),
+                None => option_env!("CARGO_BIN_EXE_livemig")
+                    .and_then(|path| Path::new(path).parent())
+                    .map(PathBuf::from),
+            },
         }
     }
 
@@ -159,6 +166,7 @@ pub struct Builder {
     hosts: usize,
     clients: usize,
     options: Vec<String>,
+    storage_size: Option<&'static str>,
     bin_dir: Option<PathBuf>,
 }
 
@@ -189,6 +197,12 @@ impl Builder {
         self.option(&["--storage", &directory.to_string_lossy()])
     }
 
+    /// The bound of each host's two file systems in memory, as mount(8) wants it.
+    pub fn storage_size(mut self, size: &'static str) -> Builder {
+        self.storage_size = Some(size);
+        self
+    }
+
     /// The MTU of every link, in bytes.
     pub fn mtu(self, mtu: u32) -> Builder {
         self.option(&["--mtu", &mtu.to_string()])
@@ -199,9 +213,9 @@ impl Builder {
         self.option(&["--firewall"])
     }
 
-    /// Hosts have the image [`IPERF3`] too.
-    pub fn iperf3(self) -> Builder {
-        self.option(&["--iperf3"])
+    /// Hosts have the image `localhost/PROGRAM:latest` too, one of those of `tests/lab/programs.sh`.
+    pub fn with(self, program: &str) -> Builder {
+        self.option(&["--with", program])
     }
 
     fn option(mut self, option: &[&str]) -> Builder {
@@ -226,6 +240,9 @@ impl Builder {
             .stdin(Stdio::null());
         if let Some(directory) = &self.bin_dir {
             command.env("LIVEMIG_BIN_DIR", directory);
+        }
+        if let Some(size) = self.storage_size {
+            command.env("LIVEMIG_LAB_STORAGE_SIZE", size);
         }
         // From here on it is dropped, whatever happens.
         let node = |name: String, last: usize, bound: Duration| Node {
@@ -386,10 +403,21 @@ impl Node {
 
     /// The same, with variables. Hosts only hear those that begin with `LIVEMIG_` or `RUST_`.
     pub fn spawn_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Process {
+        let mut command = self.command(arguments);
+        command.envs(environment.iter().copied());
+        self.start(command, arguments)
+    }
+
+    /// Starts a command there that [is told things](Process::tell) as it goes on.
+    pub fn spawn_listening(&self, arguments: &[&str]) -> Process {
+        let mut command = self.command(arguments);
+        command.stdin(Stdio::piped());
+        self.start(command, arguments)
+    }
+
+    fn start(&self, mut command: Command, arguments: &[&str]) -> Process {
         let said = format!("{}: {}", self.name, arguments.join(" "));
-        let mut child = self
-            .command(arguments)
-            .envs(environment.iter().copied())
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -619,6 +647,16 @@ impl Process {
             .clone()
     }
 
+    /// Writes a line to its standard input.
+    pub async fn tell(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut();
+        let input = input.unwrap_or_else(|| panic!("`{}` does not listen", self.command));
+        input
+            .write_all(format!("{line}\n").as_bytes())
+            .await
+            .unwrap_or_else(|error| panic!("`{}` was told {line:?}: {error}", self.command));
+    }
+
     /// Waits until it has written this text, to standard output or standard error. Panics when it
     /// ends before that.
     #[track_caller]
@@ -674,9 +712,48 @@ impl Process {
         }
     }
 
+    /// Waits until it stands still, by SIGSTOP. Panics when it ends before that.
+    #[track_caller]
+    pub fn stands_still(&self) -> impl Future<Output = ()> {
+        let caller = std::panic::Location::caller();
+        async move {
+            let started = Instant::now();
+            loop {
+                let ended = self.readers.iter().all(JoinHandle::is_finished);
+                if self.pid().is_some_and(|pid| state_of(pid) == Some('T')) {
+                    return;
+                }
+                assert!(
+                    !ended && started.elapsed() < self.bound,
+                    "at {caller}: `{}` does not stop\n{}\n{}",
+                    self.command,
+                    self.stdout(),
+                    self.stderr()
+                );
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+    }
+
+    /// Lets it go on after it has stood still.
+    pub fn go_on(&self) {
+        self.signal(rustix::process::Signal::CONT);
+        // The one that entered the host's PID namespace for it stops with it.
+        let outer = self.child.id().and_then(|pid| i32::try_from(pid).ok());
+        if let Some(outer) = outer.and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(outer, rustix::process::Signal::CONT);
+        }
+    }
+
     /// Waits for its end.
-    pub async fn finish(mut self) -> Output {
-        let status = tokio::time::timeout(self.bound, self.child.wait())
+    pub async fn finish(self) -> Output {
+        let bound = self.bound;
+        self.finish_within(bound).await
+    }
+
+    /// The same, for what may take longer than anything else.
+    pub async fn finish_within(mut self, bound: Duration) -> Output {
+        let status = tokio::time::timeout(bound, self.child.wait())
             .await
             .unwrap_or_else(|_| panic!("`{}` does not end\n{}", self.command, self.stderr()))
             .unwrap_or_else(|error| panic!("`{}`: {error}", self.command));
@@ -703,6 +780,12 @@ impl Process {
         self.signal(rustix::process::Signal::KILL);
         self.finish().await
     }
+}
+
+/// What a process does: the third field of proc_pid_stat(5).
+fn state_of(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// A running client of the workload program.
@@ -885,10 +968,18 @@ fn normal(section: &str, line: &str) -> Option<String> {
             let words: Vec<&str> = words.collect();
             Some(format!("{} {}", words.first()?, words.get(4)?))
         }
-        "mounts" | "cgroups" | "files" => Some(match line.split_once("/netns/netns-") {
-            Some((before, _)) => format!("{before}/netns/netns-*"),
-            None => line.to_owned(),
-        }),
+        "mounts" | "cgroups" | "files" => Some(
+            match (
+                line.split_once("/netns/netns-"),
+                line.split_once("/storage/overlay/"),
+            ) {
+                (Some((before, _)), _) => format!("{before}/netns/netns-*"),
+                (_, Some((before, layer))) if layer.ends_with("/merged") => {
+                    format!("{before}/storage/overlay/*/merged")
+                }
+                _ => line.to_owned(),
+            },
+        ),
         _ => Some(line.to_owned()),
     }
 }

@@ -15,6 +15,8 @@
 //! All numbers are big-endian. Clients print one JSON object at their end, and `ready` on standard
 //! error as soon as all of their connections work. SIGTERM makes a client finish and print.
 
+#[path = "workload/ring.rs"]
+mod ring;
 #[path = "workload/udp.rs"]
 mod udp;
 
@@ -35,8 +37,11 @@ const USAGE: &str = "\
 usage: workload VERB ...
 servers:
   echo PORT [--host v4|v6]                answers numbered requests; commands too
-  files PORT                              the same: `stat PATH` is a command
+  files PORT [--lock PATH]                the same: `stat PATH` is a command; locks a file
   uring PORT                              the same, and holds an io_uring, which CRIU cannot save
+  mptcp PORT                              the same, and holds a socket of MPTCP, likewise
+  threads MEMBERS PORT                    the same, and so many threads; `ring` is a command
+  processes MEMBERS PORT                  the same with processes
   greet PORT --control PORT [--every-ms N]  speaks first: numbered lines, by the clock or when told to
   bulk PORT                               sends and receives pseudo-random data, checks it
   udp-echo PORT [--host v4|v6]
@@ -74,6 +79,11 @@ fn run(arguments: &mut Arguments) -> io::Result<()> {
     match verb.as_str() {
         "echo" | "files" => {
             let mut server = Server::default();
+            let lock = arguments.option("--lock").map(fs::File::open);
+            let lock = lock.transpose()?;
+            if let Some(file) = &lock {
+                file.try_lock()?;
+            }
             server.listen(arguments.address()?, Role::Echo)?;
             server.run()
         }
@@ -83,6 +93,22 @@ fn run(arguments: &mut Arguments) -> io::Result<()> {
             server.listen(arguments.address()?, Role::Echo)?;
             server.run()
         }
+        "mptcp" => {
+            let mut server = Server::default();
+            let _socket = mptcp()?;
+            server.listen(arguments.address()?, Role::Echo)?;
+            server.run()
+        }
+        "threads" | "processes" => {
+            let mut server = Server::default();
+            match verb.as_str() {
+                "threads" => ring::threads(arguments)?,
+                _ => ring::processes(arguments)?,
+            }
+            server.listen(arguments.address()?, Role::Echo)?;
+            server.run()
+        }
+        "relay" => ring::run_relay(arguments),
         "greet" => {
             let mut server = Server::default();
             server.listen(arguments.address()?, Role::Greet)?;
@@ -280,6 +306,28 @@ unsafe extern "C" {
     fn llistxattr(path: *const u8, list: *mut u8, size: usize) -> isize;
     fn lgetxattr(path: *const u8, name: *const u8, value: *mut u8, size: usize) -> isize;
     fn syscall(number: i64, ...) -> i64;
+    fn socket(family: i32, kind: i32, protocol: i32) -> i32;
+    fn listen(socket: i32, backlog: i32) -> i32;
+}
+
+/// Listens with a socket of MPTCP, as some languages' libraries do it where they were asked for one of
+/// TCP.
+fn mptcp() -> io::Result<OwnedFd> {
+    /// `AF_INET` and `SOCK_STREAM`; `IPPROTO_MPTCP` of linux/in.h.
+    const INET: i32 = 2;
+    const STREAM: i32 = 1;
+    const MPTCP: i32 = 262;
+    // SAFETY: takes numbers only.
+    let socket = match unsafe { socket(INET, STREAM, MPTCP) } {
+        // SAFETY: the kernel just made it, for us alone.
+        socket if socket >= 0 => unsafe { OwnedFd::from_raw_fd(socket) },
+        _ => return Err(io::Error::last_os_error()),
+    };
+    // SAFETY: takes numbers only. It gets a port by itself.
+    match unsafe { listen(socket.as_raw_fd(), 1) } {
+        0 => Ok(socket),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Makes an io_uring that nobody submits anything to.
@@ -873,6 +921,7 @@ impl Server {
                 self.open
             ),
             "stat" => describe_file(Path::new(argument)),
+            "ring" => ring::report(),
             "memory" => self.memory.as_ref().map_or("{}".into(), Memory::check),
             "say" => {
                 self.say = true;
