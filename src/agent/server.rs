@@ -602,8 +602,7 @@ impl Visit {
     }
 
     async fn answer(self, request: Request<Incoming>) -> Result<Response<ReplyBody>, Infallible> {
-        let head = self.head.clone();
-        head.begin();
+        let in_work = self.head.begin();
         let path = request.uri().path().to_owned();
         let remote = self.remote;
         let reply = match self.route(request).await {
@@ -622,7 +621,7 @@ impl Visit {
         response
             .headers_mut()
             .insert(PROTOCOL_HEADER, HeaderValue::from(PROTOCOL));
-        head.end();
+        drop(in_work);
         Ok(response)
     }
 
@@ -632,12 +631,15 @@ impl Visit {
             return Err(busy);
         }
         let Visit {
-            shared, handler, ..
+            shared,
+            handler,
+            head: state,
+            ..
         } = self;
         // Looked up anew for each request: what was taken from a peer is gone at once.
         let peer = shared.trust.peers.by_fingerprint(self.fingerprint)?;
         let (head, body) = request.into_parts();
-        let body = Body::new(body, &shared.limits);
+        let body = Body::of_request(body, &shared.limits, state.begin());
         match (&head.method, head.uri.path()) {
             (&Method::GET, "/v1/hello") => {
                 return reply::json(&Hello {

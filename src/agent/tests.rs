@@ -85,6 +85,7 @@ impl Handler for Desk {
                     let numbers = (0..64u8).map(|n| Ok::<_, Error>(vec![n; 100_000].into()));
                     Ok(reply::stream(stream::iter(numbers)))
                 }
+                "/v1/mirror" => Ok(reply::stream(body)),
                 "/v1/panic" => panic!("this is what the test wants"),
                 other => Err(Refusal::new(
                     StatusCode::NOT_FOUND,
@@ -348,6 +349,31 @@ async fn a_peer_is_served() {
     let _: Value = connection.call(Method::GET, "/v1/who", &()).await.unwrap();
     drop(connection);
     agent.until("all over", |c| c.connections == 0).await;
+}
+
+/// The answer has begun long before the last of the request comes: that is no head that takes too long.
+#[tokio::test]
+async fn an_exchange_may_take_longer_than_a_head() {
+    let limits = short();
+    let longer = limits.head_time * 3;
+    let agent = Agent::start(limits).await;
+    let host = agent.knows("host-a");
+    let mut connection = host.open(&agent).await.unwrap();
+    let (ask, asked) = futures::channel::mpsc::unbounded::<Result<Bytes, std::io::Error>>();
+    let mut heard = connection
+        .exchange(Method::POST, "/v1/mirror", asked)
+        .await
+        .unwrap();
+    let began = Instant::now();
+    while began.elapsed() < longer {
+        ask.unbounded_send(Ok(Bytes::from_static(b"?"))).unwrap();
+        assert_eq!(heard.next().await.unwrap().unwrap(), "?");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(ask);
+    assert!(heard.next().await.is_none());
+    // Behind it the connection can be used on.
+    let _: Value = connection.call(Method::GET, "/v1/who", &()).await.unwrap();
 }
 
 #[tokio::test]
