@@ -1410,5 +1410,23 @@ mod tests {
         assert!(!here.collides_with(&port(Some("10.0.0.2"), 8080, 1, "tcp")));
         // The last port there is.
         assert!(!any.collides_with(&port(None, 65535, 1, "tcp")));
+        // As another host may say it: no port at all is taken for one.
+        assert!(any.collides_with(&port(None, 8080, 0, "tcp")));
+        assert!(!any.collides_with(&port(None, 8079, 0, "tcp")));
+    }
+
+    #[test]
+    fn ranges_are_joined_as_far_as_there_are_numbers() {
+        let port = |port, range| PublishedPort {
+            host_ip: None,
+            host_port: port,
+            container_port: port,
+            protocol: "tcp".into(),
+            range,
+        };
+        let joined = PublishedPort::coalesce(vec![port(9, 3), port(1, 8)]);
+        assert_eq!(joined, [port(1, 11)]);
+        let apart = vec![port(1, 60_000), port(60_001, 60_000)];
+        assert_eq!(PublishedPort::coalesce(apart.clone()), apart);
     }
 }
