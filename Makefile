@@ -50,6 +50,17 @@ test: prepare ## all tests (root: hosts are made of namespaces)
 	fi
 	cargo test --doc
 
+# With the command as it is in debug builds: those can be stopped at a chosen moment.
+.PHONY: test-faults
+test-faults: prepare ## every fault at every moment of a migration (LIVEMIG_FAULTS=freeze/agent-killed,...)
+	cargo test --test faults -- --run
+
+# 40 take some eight minutes; RUNS=200, forty.
+.PHONY: test-soak
+test-soak: prepare ## a container moves to and fro under load, with faults drawn by lot (RUNS=40)
+	LIVEMIG_SOAK_RUNS=$(if $(filter command,$(firstword $(origin RUNS))),$(RUNS),40) \
+		cargo test --test faults -- --soak
+
 .PHONY: demo
 demo: prepare ## watch a container move while a client talks to it (root)
 	cargo bench --bench demo

@@ -45,6 +45,22 @@ pub struct Config {
     pub freeze_timeout: Duration,
     /// How long the first handshake of a tunnel may take.
     pub handshake_timeout: Duration,
+    /// How long the destination may take to unpack an image once it has all of it.
+    pub image_timeout: Duration,
+    /// How long a destination that may run the container is asked whether it does, or to give it up,
+    /// before the migration is called in doubt. A restarted agent answers within seconds.
+    pub doubt_timeout: Duration,
+    /// How long a destination is asked to give up what it has when the container here does not depend on
+    /// the answer.
+    pub give_up_timeout: Duration,
+    /// How long a prepared migration may hear nothing from its source before the destination undoes it.
+    pub forsaken_timeout: Duration,
+    /// How long is waited for a checkpoint that nobody wants any more. CRIU must not be interrupted.
+    pub checkpoint_timeout: Duration,
+    /// How long is waited for a restore that nobody wants any more and that Podman is at work on.
+    pub unwanted_restore_timeout: Duration,
+    /// How many migrations may be coming to this host at one time.
+    pub incoming: usize,
 }
 
 impl Config {
@@ -94,6 +110,13 @@ impl Default for Config {
             shell_timeout: Duration::from_secs(120),
             freeze_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
+            image_timeout: Duration::from_secs(600),
+            doubt_timeout: Duration::from_secs(60),
+            give_up_timeout: Duration::from_secs(5),
+            forsaken_timeout: Duration::from_secs(120),
+            checkpoint_timeout: Duration::from_secs(600),
+            unwanted_restore_timeout: Duration::from_secs(45),
+            incoming: 16,
         }
     }
 }

@@ -97,6 +97,19 @@ pub enum Error {
         /// The host that does not answer.
         destination: String,
     },
+    /// As many migrations are coming to this host as may.
+    #[error("{limit} migrations are coming here at this moment, and no more may (limit: incoming)")]
+    TooManyIncoming {
+        /// How many may.
+        limit: usize,
+    },
+    /// The destination has undone what it had prepared: its agent was started anew, or heard nothing for
+    /// too long.
+    #[error("{0} does not know of the migration any more")]
+    Forgotten(String),
+    /// A host was to keep a container, and says that it does not run it.
+    #[error("{0} says that it does not run the container: it cannot keep it")]
+    NotThere(String),
     /// The container could not be saved, for a reason that only CRIU's log tells.
     #[error("{source}; CRIU says: {reason}")]
     Dump {
@@ -249,6 +262,8 @@ impl Error {
             | Error::NotIntroduced { .. }
             | Error::MayNotReceive(_)
             | Error::NoHop(_)
+            | Error::NotThere(_)
+            | Error::TooManyIncoming { .. }
             | Error::RevokeUnsettled { .. }
             | Error::NotForwarded(_)
             | Error::TooManyPaths { .. }
@@ -295,6 +310,9 @@ impl Error {
             Error::OverBudget { .. } => "over-budget",
             Error::RolledBack { cause, .. } => cause.code(),
             Error::InDoubt { .. } => "in-doubt",
+            Error::NotThere(_) => "not-there",
+            Error::Forgotten(_) => "forgotten",
+            Error::TooManyIncoming { .. } => "too-many-incoming",
             Error::Podman(error) if error.is_not_found() => "not-found",
             Error::Podman(podman::Error::Name { .. })
             | Error::Agent(agent::Error::BadName { .. }) => "bad-name",
@@ -361,8 +379,12 @@ impl Error {
             ),
             Error::RolledBack { cause, .. } => cause.hint(),
             Error::InDoubt { destination, .. } => Some(format!(
-                "see to it that {destination} answers, then run `livemig recover` here"
+                "see to it that {destination} answers, then run `livemig recover` here; if it never will, \
+                 decide which host is to have the container: `livemig recover --help`"
             )),
+            Error::Forgotten(_) => Some("begin again".to_owned()),
+            Error::TooManyIncoming { .. } => Some("wait until one of them has ended".to_owned()),
+            Error::NotThere(_) => Some("`livemig recover` lets it go on here".to_owned()),
             Error::NoContainer(_) => {
                 Some("`livemig ps` lists the containers of this host".to_owned())
             }

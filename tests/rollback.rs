@@ -3,10 +3,9 @@
 
 mod lab;
 
-use std::time::{Duration, Instant};
-
+use lab::gate::{break_criu, close, mend_criu, open, reached, signal_podman};
 use lab::pair::Pair;
-use lab::{Census, Lab, Node, Output, Process, Workload};
+use lab::{Census, Lab, Output, Process, Workload, gate, link};
 use rustix::process::Signal;
 
 const PUBLISH: [&str; 2] = ["-p", "7000:7000"];
@@ -28,7 +27,7 @@ impl Scene {
                      /var/lib/livemig/journal/outgoing /var/lib/livemig/journal/incoming;
                  touch /run/livemig/hops/interfaces.lock /run/livemig/hops/records.lock")
                 .await;
-            gates(host).await;
+            gate::install(host).await;
         }
         let has_image = "podman image exists localhost/workload:latest";
         if pair
@@ -98,70 +97,6 @@ impl Scene {
         assert_eq!(report["same_socket"], true, "{report}");
         self.pair.down().await;
     }
-}
-
-/// Puts a gate before the runtime: `/run/gate-VERB` makes `runc VERB` wait for as long as the file
-/// is there, and `/run/gate-VERB.here` says that it does.
-async fn gates(host: &Node) {
-    host.sh(r#"runc=$(readlink -f "$(command -v runc)")
-        mv "$runc" "$runc.real"
-        cat >"$runc" <<END
-#!/bin/sh
-case " \$* " in
-*" --help "*) ;;
-*" checkpoint "*) verb=checkpoint ;;
-*" restore "*) verb=restore ;;
-esac
-if [ -n "\$verb" ] && [ -e /run/gate-\$verb ]; then
-    : >/run/gate-\$verb.here
-    while [ -e /run/gate-\$verb ]; do sleep 0.02; done
-    rm -f /run/gate-\$verb.here
-fi
-exec "$runc.real" "\$@"
-END
-        chmod 755 "$runc""#)
-        .await;
-}
-
-async fn close(host: &Node, verb: &str) {
-    host.sh(&format!("rm -f /run/gate-{verb}.here; : >/run/gate-{verb}"))
-        .await;
-}
-
-async fn open(host: &Node, verb: &str) {
-    host.sh(&format!("rm -f /run/gate-{verb}")).await;
-}
-
-async fn reached(host: &Node, verb: &str) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !host.path(&format!("/run/gate-{verb}.here")).exists() {
-        assert!(
-            Instant::now() < deadline,
-            "{} never came to {verb}",
-            host.name()
-        );
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-/// Makes every use of CRIU on a host fail that is more than a look.
-async fn break_criu(host: &Node) {
-    host.sh(r#"criu=$(readlink -f "$(command -v criu)")
-        mv "$criu" "$criu.real"
-        printf '#!/bin/sh\n[ "$1" != swrk ] || exit 1\nexec %s.real "$@"\n' "$criu" >"$criu"
-        chmod 755 "$criu""#)
-        .await;
-}
-
-async fn mend_criu(host: &Node) {
-    host.sh(r#"criu=$(readlink -f "$(command -v criu)"); mv -f "$criu.real" "$criu""#)
-        .await;
-}
-
-/// Stops Podman's service, so that whatever asks it waits; or lets it go on.
-async fn podman(host: &Node, signal: &str) {
-    host.sh(&format!("kill -{signal} $(cat /run/podman/service.pid)"))
-        .await;
 }
 
 #[track_caller]
@@ -247,9 +182,9 @@ async fn a_signal_undoes_everything() {
 
     let attempt = scene.start();
     attempt.wait_for(r#""finished","phase":"preflight""#).await;
-    podman(h2, "STOP").await;
+    signal_podman(h2, "STOP").await;
     attempt.signal(Signal::INT);
-    podman(h2, "CONT").await;
+    signal_podman(h2, "CONT").await;
     assert_code(&attempt.finish().await, 130);
     scene.assert_untouched("SIGINT in prepare").await;
 
@@ -287,9 +222,9 @@ async fn the_agent_is_killed() {
 
     let attempt = scene.start();
     attempt.wait_for(r#""finished","phase":"preflight""#).await;
-    podman(&h2, "STOP").await;
+    signal_podman(&h2, "STOP").await;
     // The new agent asks Podman what it finds.
-    tokio::join!(scene.pair.replace_agent(2), podman(&h2, "CONT"));
+    tokio::join!(scene.pair.replace_agent(2), signal_podman(&h2, "CONT"));
     assert_code(&attempt.finish().await, 5);
     scene.assert_untouched("no agent in prepare").await;
 
@@ -325,10 +260,10 @@ async fn a_crash_is_recovered_from() {
 
     let attempt = scene.start();
     attempt.wait_for(r#""finished","phase":"preflight""#).await;
-    podman(h2, "STOP").await;
+    signal_podman(h2, "STOP").await;
     attempt.wait_for(r#""started","phase":"prepare""#).await;
     attempt.kill().await;
-    podman(h2, "CONT").await;
+    signal_podman(h2, "CONT").await;
     assert!(!recover(&scene.pair).await);
     scene.assert_untouched("crash in prepare").await;
 
@@ -366,6 +301,81 @@ async fn a_crash_is_recovered_from() {
     // It may have spoken to its peers by then: now it stays there.
     assert!(recover(&scene.pair).await);
     assert_eq!(h1.container_state("web").await, None);
+    assert_eq!(h2.container_state("web").await.as_deref(), Some("running"));
+    scene.end(2).await;
+}
+
+/// A migration whose copy is about to be restored, and whose source has died.
+async fn in_doubt(scene: &Scene) {
+    let h2 = scene.pair.host(2);
+    close(h2, "restore").await;
+    let attempt = scene.start();
+    reached(h2, "restore").await;
+    attempt.kill().await;
+}
+
+#[tokio::test]
+async fn the_operator_keeps_it_at_the_source() {
+    let scene = Scene::set(Lab::builder(2)).await;
+    let [h1, h2] = [scene.pair.host(1), scene.pair.host(2)];
+    let wan = scene.pair.lab().wan();
+
+    in_doubt(&scene).await;
+    link::cut(wan).await;
+    // It comes to life, and nobody here knows.
+    open(h2, "restore").await;
+    let kept = h1
+        .try_exec(&["livemig", "--json", "recover", "--keep", "source"])
+        .await;
+    assert_code(&kept, 6);
+    let found = kept.json();
+    let left = found[0]["leftovers"].as_array().expect("a list");
+    let left: Vec<_> = left.iter().map(|left| &left["effect"]).collect();
+    assert_eq!(
+        left,
+        ["what h2 has restored", "what h2 has prepared"],
+        "{kept}"
+    );
+    let answer = scene.pair.client(1).ask(h1.address(), 7000, "info").await;
+    assert!(answer["open"].as_u64() >= Some(2), "{answer}");
+    // Two of them, and this one is heard.
+    assert_eq!(h2.container_state("web").await.as_deref(), Some("running"));
+
+    link::mend(wan).await;
+    assert!(!recover(&scene.pair).await);
+    scene.assert_untouched("kept at the source").await;
+    scene.finish().await;
+}
+
+#[tokio::test]
+async fn the_operator_leaves_it_to_the_destination() {
+    let scene = Scene::set(Lab::builder(2)).await;
+    let [h1, h2] = [scene.pair.host(1), scene.pair.host(2)];
+    let wan = scene.pair.lab().wan();
+
+    // Not when it says that there is nothing.
+    close(h1, "checkpoint").await;
+    let attempt = scene.start();
+    reached(h1, "checkpoint").await;
+    attempt.kill().await;
+    open(h1, "checkpoint").await;
+    let leave = ["livemig", "--json", "recover", "--keep", "destination"];
+    let refused = h1.try_exec(&leave).await;
+    assert_code(&refused, 3);
+    assert!(refused.to_string().contains("not-there"), "{refused}");
+    assert!(!recover(&scene.pair).await);
+    scene.assert_untouched("nothing to keep there").await;
+
+    in_doubt(&scene).await;
+    open(h2, "restore").await;
+    while h2.container_state("web").await.as_deref() != Some("running") {
+        tokio::time::sleep(lab::LOOK).await;
+    }
+    link::cut(wan).await;
+    assert_code(&h1.try_exec(&leave).await, 6);
+    assert_eq!(h1.container_state("web").await, None);
+    link::mend(wan).await;
+    assert!(recover(&scene.pair).await);
     assert_eq!(h2.container_state("web").await.as_deref(), Some("running"));
     scene.end(2).await;
 }

@@ -33,6 +33,7 @@ mod error;
 mod identity;
 mod invite;
 mod limits;
+mod memory;
 mod paths;
 mod peer;
 pub mod protocol;

@@ -189,6 +189,9 @@ pub struct Offer {
     /// Whether livemig is the runtime that Podman calls there.
     #[serde(default)]
     pub direct: bool,
+    /// How much memory the container's processes have, in bytes; what they share counts for each.
+    #[serde(default)]
+    pub memory: u64,
 }
 
 /// What the destination thinks of it.
@@ -205,6 +208,9 @@ pub struct Assessment {
     /// Whether livemig is the runtime that Podman calls there.
     #[serde(default)]
     pub direct: bool,
+    /// How much memory can be taken there at once, in bytes.
+    #[serde(default)]
+    pub room: u64,
 }
 
 /// Get ready for it.
@@ -357,6 +363,10 @@ pub enum Stage {
 pub struct Status {
     /// Where it stands.
     pub stage: Stage,
+    /// What was answered to the request to restore, if the container runs. That answer may be lost, or
+    /// come late.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub running: Option<Running>,
 }
 
 /// The destination has nothing of the migration any more.

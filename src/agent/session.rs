@@ -14,40 +14,36 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
-use tokio::net::UnixStream;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::endings::Endings;
+use super::memory::Memory;
 use super::paths::Paths;
 use super::protocol::{
     Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
     Status, Undone,
 };
 use super::shell::Shell;
-use super::{
-    Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, ReplyBody, reply,
-};
+use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
 use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
 use crate::criu::Freezer;
-use crate::criu::pages::Layout;
 use crate::migration::{self, Effect, Hands, Journal, JournalError};
 use crate::netlink::Namespace;
 use crate::podman::{
     self, Client, Container, ContainerId, FailureLog, HostInfo, RestoreOptions, failure_log,
 };
-use crate::runtime::{Rendezvous, Verb, setup};
 use crate::tunnel::{self, HopId};
 use crate::{Class, Config, Error};
 
+mod direct;
+
 /// The largest container that is taken, in bytes: more memory than a host has.
 const CONTAINER: u64 = 16 << 40;
-/// How long a prepared migration may hear nothing from its source before it is undone.
-const FORSAKEN: Duration = Duration::from_secs(120);
 /// How often the forsaken are looked for.
 const LOOK_ROUND: Duration = Duration::from_secs(10);
 
@@ -86,6 +82,8 @@ struct Session {
     hold: Option<Hold>,
     /// The container without its processes, with the direct engine.
     shell: Option<Shell>,
+    /// Its memory, with the direct engine.
+    memory: Option<Memory>,
     /// Whether memory is fetched when the container runs.
     post_copy: bool,
     /// Where the container's volumes are here, by name.
@@ -96,6 +94,8 @@ struct Session {
     intake: Option<Intake>,
     /// Podman was asked to restore the container and has not answered.
     unsure: bool,
+    /// What was answered when the container ran.
+    running: Option<Running>,
 }
 
 impl Sessions {
@@ -227,7 +227,9 @@ impl Sessions {
                 let Ok(mut session) = session.state.try_lock() else {
                     continue;
                 };
-                if session.stage == Stage::Prepared && session.heard_of.elapsed() >= FORSAKEN {
+                if session.stage == Stage::Prepared
+                    && session.heard_of.elapsed() >= self.config.forsaken_timeout
+                {
                     tracing::warn!(migration = %id, "its source has gone silent: undoing it");
                     if let Err(error) = self.undo(&id, &mut session).await {
                         tracing::error!(migration = %id, %error, "it could not be undone");
@@ -320,46 +322,15 @@ impl Sessions {
                 session.heard_of = Instant::now();
                 said(loaded)
             }
-            (&Method::PUT, ["v1", "migrations", id, "shell"]) => {
-                let (id, session) = self.find(&caller, id)?;
-                let mut session = session.lock().await;
-                let made = self.make_shell(&id, &mut session, body).await;
-                session.heard_of = Instant::now();
-                said(made)
-            }
-            (&Method::PUT, ["v1", "migrations", id, "files"]) => {
-                let (_, session) = self.find(&caller, id)?;
-                let mut session = session.lock().await;
-                let taken = self.take_files(&session, body).await;
-                session.heard_of = Instant::now();
-                said(taken)
-            }
-            (&Method::PUT, ["v1", "migrations", id, "standby"]) => {
-                let (_, session) = self.find(&caller, id)?;
-                let mut session = session.lock().await;
-                let ready = self.stand_by(&mut session, body).await;
-                session.heard_of = Instant::now();
-                said(ready)
-            }
             (&Method::POST, ["v1", "migrations", id, "lazy"]) => {
                 let (_, session) = self.find(&caller, id)?;
-                let source = source_of_memory(&mut *session.lock().await);
-                match source {
-                    Ok(source) => Ok(between(source, body)),
-                    Err(error) => said::<Nothing>(Err(error)),
-                }
+                let memory = direct::fetched(&mut *session.lock().await, body);
+                memory.or_else(|error| said::<Nothing>(Err(error)))
             }
-            (&Method::PUT, ["v1", "migrations", id, "rounds", round]) => {
-                let (_, session) = self.find(&caller, id)?;
+            (&Method::PUT, ["v1", "migrations", id, part @ ..]) if direct::is_part(part) => {
+                let (id, session) = self.find(&caller, id)?;
                 let mut session = session.lock().await;
-                let taken = take_round(&mut session, round, body).await;
-                session.heard_of = Instant::now();
-                said(taken)
-            }
-            (&Method::PUT, ["v1", "migrations", id, "pages"]) => {
-                let (_, session) = self.find(&caller, id)?;
-                let mut session = session.lock().await;
-                let taken = take_pages(&session, body).await;
+                let taken = self.take(&id, &mut session, part, body).await;
                 session.heard_of = Instant::now();
                 said(taken)
             }
@@ -397,11 +368,20 @@ impl Sessions {
             }
             (&Method::GET, ["v1", "migrations", id]) => {
                 let id = number(id)?;
-                let stage = match self.find(&caller, id.as_str()) {
-                    Ok((_, session)) => Ok(session.lock().await.stage),
-                    Err(_) => self.stage_left_behind(&id).await,
+                let status = match self.find(&caller, id.as_str()) {
+                    Ok((_, session)) => {
+                        let session = session.lock().await;
+                        Ok(Status {
+                            stage: session.stage,
+                            running: session.running.clone(),
+                        })
+                    }
+                    Err(_) => self.stage_left_behind(&id).await.map(|stage| Status {
+                        stage,
+                        running: None,
+                    }),
                 };
-                said(stage.map(|stage| Status { stage }))
+                said(status)
             }
             _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
@@ -436,6 +416,7 @@ impl Sessions {
             post_copy,
             forward,
         } = prepare;
+        self.room_for_one_more()?;
         // From here on whoever wants it undone waits for this to end: a source that has crashed and
         // asks for that must not be told that there is nothing, and then there is.
         let journal = Journal::create(&self.config.incoming_dir(), &id)?;
@@ -449,11 +430,13 @@ impl Sessions {
             away: None,
             hold: None,
             shell: None,
+            memory: None,
             post_copy,
             volumes: BTreeMap::new(),
             namespace: None,
             intake: None,
             unsure: false,
+            running: None,
         }));
         let mut session = state.clone().lock_owned().await;
         self.sessions().insert(
@@ -473,6 +456,15 @@ impl Sessions {
             }
         }
         prepared
+    }
+
+    /// Each has a share of this host's memory and disk, and of its packets that may wait.
+    fn room_for_one_more(&self) -> Result<(), Error> {
+        let limit = self.config.incoming;
+        if self.sessions().len() >= limit {
+            return Err(Error::TooManyIncoming { limit });
+        }
+        Ok(())
     }
 
     async fn make_ready(
@@ -635,6 +627,7 @@ impl Sessions {
         match restored {
             Ok(running) => {
                 session.stage = Stage::Running;
+                session.running = Some(running.clone());
                 session.heard_of = Instant::now();
                 tracing::info!(migration = %id, container = %session.offer.container.id, "the container runs");
                 Ok(running)
@@ -706,9 +699,10 @@ impl Sessions {
         let insert = began.elapsed();
         let ended = match &mut session.shell {
             Some(shell) => {
-                let changes = shell.take_images(archive).await?;
-                let volumes = session.volumes.clone();
-                shell.bring_in(changes, volumes).await?;
+                let memory = session.memory.as_ref();
+                let memory = memory.ok_or(Error::OutOfOrder("memory"))?;
+                let changes = memory.take_images(archive).await?;
+                shell.bring_in(changes, session.volumes.clone()).await?;
                 let ended = Instant::now();
                 // Both run to their ends: what one of them has made is undone only when it is there.
                 let (restored, intake) = futures::join!(shell.restore(), start(intake));
@@ -815,77 +809,6 @@ impl Sessions {
         Ok((archive.boxed(), verdict))
     }
 
-    /// Has the runtime of the container that waits come as far as it can.
-    async fn stand_by(&self, session: &mut Session, body: Body) -> Result<Nothing, Error> {
-        let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
-        let (images, _) = bundle::receive(body, Compression::None, CONTAINER);
-        let rest = shell.take_images(images.boxed()).await?;
-        // To its end, where it is known that all is as it was sent.
-        rest.try_for_each(|_| std::future::ready(Ok(()))).await?;
-        shell.stand_by(&self.config).await?;
-        Ok(Nothing {})
-    }
-
-    /// Brings files into the container that waits for its processes.
-    async fn take_files(&self, session: &Session, body: Body) -> Result<Nothing, Error> {
-        let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
-        let (changes, _) = bundle::receive(body, Compression::None, CONTAINER);
-        shell.bring_in(changes, session.volumes.clone()).await?;
-        Ok(Nothing {})
-    }
-
-    /// Has Podman make the container, all but its processes.
-    async fn make_shell(
-        &self,
-        id: &MigrationId,
-        session: &mut Session,
-        body: Body,
-    ) -> Result<Nothing, Error> {
-        if session.stage != Stage::Prepared || session.shell.is_some() {
-            return Err(Error::OutOfOrder("preparation"));
-        }
-        let container = session.offer.container.clone();
-        let directory = self.config.memory_dir.join(format!("livemig-{id}"));
-        session.journal.will([
-            Effect::Staging {
-                directory: directory.clone(),
-            },
-            restored(&container),
-        ])?;
-        let waiting = setup::waiting(&self.config);
-        let rendezvous = Rendezvous::open(&waiting, Verb::Restore, &container.id)?;
-        let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
-        let (archive, verdict) = self.judged(session, content.boxed())?;
-        let within = self.config.shell_timeout;
-        let post_copy = session.post_copy;
-        let made = Shell::make(
-            &self.podman,
-            archive,
-            &rendezvous,
-            directory,
-            post_copy,
-            within,
-        );
-        let made = made.await;
-        match (made, verdict.reason()) {
-            (Ok(shell), _) => {
-                session.shell = Some(shell);
-                for name in container.volumes() {
-                    let volume = self.podman.volume(name).await?;
-                    let volume = volume.ok_or(Error::OutOfOrder("volume"))?;
-                    session.volumes.insert(name.to_owned(), volume.mount_point);
-                }
-                Ok(Nothing {})
-            }
-            // Podman has not had all of it, and so has made nothing of it.
-            (Err(_), Some(what)) => Err(bundle::Error::Forbidden { what }.into()),
-            (Err(error), None) => {
-                session.unsure = !matches!(error, Error::Podman(podman::Error::Refused { .. }));
-                Err(error)
-            }
-        }
-    }
-
     /// The network namespace of a container that runs here.
     async fn namespace_of(&self, id: &ContainerId) -> Result<Namespace, Error> {
         let pid = self.podman.inspect(id.as_str()).await?.pid;
@@ -899,6 +822,8 @@ impl Sessions {
         }
         session.journal.commit()?;
         if let Some(shell) = session.shell.take() {
+            // When this is answered the source removes its own.
+            shell.persist(&session.volumes).await?;
             shell.recorded().await?;
         }
         // The source may not have been able to say so.
@@ -993,7 +918,7 @@ impl Sessions {
         leftovers: &[String],
     ) -> Result<(), Error> {
         for container in journal.effects().iter().filter_map(Effect::restored) {
-            if self.podman.exists(container.as_str()).await? {
+            if self.podman.exists(container.as_str()).await? || podman::remains::runs(container) {
                 return Err(Error::StillThere {
                     container: container.clone(),
                     reasons: leftovers.join("; "),
@@ -1052,49 +977,6 @@ async fn let_in(journal: &Journal) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-/// Where the memory of a container comes from that is fetched when it runs.
-fn source_of_memory(session: &mut Session) -> Result<UnixStream, Error> {
-    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
-    shell.source()
-}
-
-/// Passes on what a request brings to a socket, and what comes out of that as the answer.
-fn between(socket: UnixStream, body: Body) -> Response<ReplyBody> {
-    let (out, mut into) = socket.into_split();
-    tokio::spawn(async move {
-        let mut body = StreamReader::new(body.map_err(std::io::Error::other));
-        if let Err(error) = tokio::io::copy(&mut body, &mut into).await {
-            tracing::warn!(%error, "memory does not come any more");
-        }
-    });
-    reply::stream(ReaderStream::new(out))
-}
-
-/// Takes memory of the container that still runs at its source.
-async fn take_round(session: &mut Session, number: &str, body: Body) -> Result<Nothing, Error> {
-    let layout = layout(session)?;
-    let number = number.parse().map_err(|_| Error::OutOfOrder("number"))?;
-    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
-    let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
-    shell.take_round(number, pages, layout).await?;
-    Ok(Nothing {})
-}
-
-/// Takes the memory of the container that waits for its processes.
-async fn take_pages(session: &Session, body: Body) -> Result<Nothing, Error> {
-    let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
-    let (pages, _) = bundle::receive(body, Compression::None, CONTAINER);
-    shell.take_pages(pages, layout(session)?).await?;
-    Ok(Nothing {})
-}
-
-/// How the source's CRIU lays out what it sends.
-fn layout(session: &Session) -> Result<Layout, Error> {
-    let criu = &session.offer.features.criu;
-    let criu = criu.as_ref().ok_or(Error::OutOfOrder("CRIU"))?;
-    Ok(Layout::of(criu.version))
 }
 
 /// Removes the memory that the container has been restored from.

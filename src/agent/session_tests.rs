@@ -49,3 +49,18 @@ fn a_gate_that_a_dead_agent_left_closed_is_opened() {
     assert!(closed.contains("10.88.0.5"), "{closed}");
     assert!(!open.contains("10.88.0.5"), "{open}");
 }
+
+#[test]
+fn no_more_migrations_come_at_one_time_than_may() {
+    let sessions = |incoming| {
+        Sessions::new(Config {
+            incoming,
+            ..Config::default()
+        })
+    };
+    sessions(1).room_for_one_more().unwrap();
+    let full = sessions(0).room_for_one_more().unwrap_err();
+    assert_eq!(full.code(), "too-many-incoming");
+    assert_eq!(full.class(), Class::Refused);
+    assert!(full.to_string().contains("limit: incoming"), "{full}");
+}

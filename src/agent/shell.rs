@@ -5,31 +5,25 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::stream::BoxStream;
-use futures::{Stream, TryStreamExt};
+use futures::Stream;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
-use tokio_util::io::{ReaderStream, StreamReader};
 
+use super::memory::Memory;
 use crate::bundle::{self, Limits, TreeId};
-use crate::criu::pages::Layout;
-use crate::criu::pages::writer::PageWriter;
-use crate::migration;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::{
     Arrived, CriuOption, Invocation, OnStandby, Outcome, Rendezvous, Standby, Verb,
 };
 use crate::{Config, Error, runtime};
 
-/// No source makes more rounds of memory than this.
-const MOST_ROUNDS: usize = 64;
 /// How long Podman may take to notice that its runtime has failed, and to say so.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 
@@ -48,10 +42,7 @@ pub(super) struct Shell {
     source: Option<UnixStream>,
     /// What fetches it.
     fetching: Option<Child>,
-    /// How many rounds of memory are here.
-    rounds: usize,
     trees: Trees,
-    staging: PathBuf,
     images: PathBuf,
     work: PathBuf,
 }
@@ -73,14 +64,14 @@ impl Shell {
         podman: &Client,
         archive: S,
         rendezvous: &Rendezvous,
-        staging: PathBuf,
+        memory: &Memory,
         post_copy: bool,
         within: Duration,
     ) -> Result<Shell, Error>
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send + 'static,
     {
-        let (images, work) = migration::staging(&staging)?;
+        let (images, work) = (memory.images.clone(), memory.work.clone());
         let podman = podman.clone();
         let mut restoring = tokio::spawn(async move {
             let options = RestoreOptions {
@@ -102,8 +93,6 @@ impl Shell {
                     post_copy,
                     source: None,
                     fetching: None,
-                    rounds: 0,
-                    staging,
                     restoring,
                     images,
                     work,
@@ -145,80 +134,6 @@ impl Shell {
         Ok(())
     }
 
-    /// Takes memory that is copied while the container runs at the source.
-    ///
-    /// # Errors
-    /// As [`Shell::take_pages`]; [`Error::OutOfOrder`] if it is not the next round.
-    pub async fn take_round<S>(
-        &mut self,
-        number: usize,
-        pages: S,
-        layout: Layout,
-    ) -> Result<(), Error>
-    where
-        S: Stream<Item = bundle::Result<Bytes>> + Send,
-    {
-        if number != self.rounds + 1 || number > MOST_ROUNDS {
-            return Err(Error::OutOfOrder("round before"));
-        }
-        let (directory, _) = migration::round_directories(&self.staging, number);
-        migration::make_private(&directory)?;
-        self.link_to_parent(&directory)?;
-        self.rounds = number;
-        Shell::write_pages(&directory, pages, layout).await
-    }
-
-    /// CRIU finds the round before by a link (`CR_PARENT_LINK` in `criu/include/image.h`).
-    fn link_to_parent(&self, directory: &Path) -> Result<(), Error> {
-        if self.rounds == 0 {
-            return Ok(());
-        }
-        let link = directory.join("parent");
-        let parent = format!("../round-{}", self.rounds);
-        std::os::unix::fs::symlink(parent, &link).map_err(Error::file("make", &link))
-    }
-
-    /// Takes the pages of the container's memory, or what the rounds before do not have of it.
-    ///
-    /// # Errors
-    /// Those of the stream; [`crate::criu::Error::Pages`] if it is not CRIU's, and
-    /// [`crate::criu::Error::Write`] if there is no room.
-    pub async fn take_pages<S>(&self, pages: S, layout: Layout) -> Result<(), Error>
-    where
-        S: Stream<Item = bundle::Result<Bytes>> + Send,
-    {
-        Shell::write_pages(&self.images, pages, layout).await
-    }
-
-    async fn write_pages<S>(directory: &Path, pages: S, layout: Layout) -> Result<(), Error>
-    where
-        S: Stream<Item = bundle::Result<Bytes>> + Send,
-    {
-        let mut writer = PageWriter::new(directory, layout);
-        let mut pages = std::pin::pin!(pages);
-        while let Some(piece) = pages.try_next().await? {
-            // Into memory, which does not wait.
-            writer.feed(&piece)?;
-        }
-        let bytes = writer.finish()?;
-        tracing::debug!(bytes, "the container's memory is here");
-        Ok(())
-    }
-
-    /// Takes CRIU's images. Returns what follows them.
-    ///
-    /// # Errors
-    /// Those of the stream, and of files that cannot be written.
-    pub async fn take_images(
-        &self,
-        content: BoxStream<'static, bundle::Result<Bytes>>,
-    ) -> Result<impl Stream<Item = bundle::Result<Bytes>> + Send + use<>, Error> {
-        let mut reader = StreamReader::new(content.map_err(std::io::Error::other));
-        bundle::write_images(&mut reader, &self.images).await?;
-        let rest = ReaderStream::new(reader);
-        Ok(rest.map_err(bundle::Error::from_reader))
-    }
-
     /// Starts the runtime, up to the point where CRIU has something to do.
     ///
     /// # Errors
@@ -235,7 +150,6 @@ impl Shell {
         };
         let options = [CriuOption::PacketsAreHeld, memory];
         let standby = Standby::open(config, &self.work, Verb::Restore, &options)?;
-        self.link_to_parent(&self.images)?;
         let mut call = runtime
             .invocation()
             .clone()
@@ -353,6 +267,15 @@ impl Shell {
             source: Box::new(source.into()),
             reason: said.unwrap_or_else(|| "nothing".to_owned()),
         }
+    }
+
+    /// Has the files written to where they are kept.
+    ///
+    /// # Errors
+    /// When a file system fails.
+    pub async fn persist(&self, volumes: &BTreeMap<String, PathBuf>) -> Result<(), Error> {
+        let trees = volumes.values().chain([&self.trees.rootfs]);
+        Ok(bundle::persist(trees.cloned().collect()).await?)
     }
 
     /// Waits until Podman has taken down that the container runs.

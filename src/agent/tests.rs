@@ -794,15 +794,20 @@ async fn half_open_connections_keep_nobody_out() {
     let most = limits.connections + limits.handshakes + 8;
     let agent = Agent::start(limits).await;
     let peer = agent.knows("peer");
+    // Both ends are in this process; as a rule it may have more descriptors than it has asked for.
+    let descriptors = rustix::process::Resource::Nofile;
+    let mut more = rustix::process::getrlimit(descriptors);
+    more.current = more.maximum;
+    rustix::process::setrlimit(descriptors, more).unwrap();
     let mut half_open = Vec::new();
-    for n in 0..200 {
+    for n in 0..1000 {
         let mut tcp = TcpStream::connect(agent.socket).await.unwrap();
         if n % 2 == 0 {
             // The start of a handshake, and never more.
             tcp.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
         }
         half_open.push(tcp);
-        if n % 50 == 49 {
+        if n % 250 == 249 {
             agent.answers(&peer).await;
         }
     }
@@ -810,7 +815,7 @@ async fn half_open_connections_keep_nobody_out() {
     let counters = (agent.counters)();
     assert!(counters.handshakes_peak <= 16, "{counters:?}");
     assert!(counters.tasks_peak <= most, "{counters:?}");
-    assert!(counters.pushed_out >= 184, "{counters:?}");
+    assert!(counters.pushed_out >= 984, "{counters:?}");
     // The rest goes by itself, though the sockets are still open here.
     agent.until("all gone", |c| c.handshakes == 0).await;
     agent.answers(&peer).await;

@@ -72,6 +72,8 @@ codes! {
     NetworkLockUnavailable = "network-lock-unavailable",
     /// The destination's kernel is older than the source's.
     KernelOlderAtDestination = "kernel-older-at-destination",
+    /// The container's memory does not fit into the destination's.
+    MemoryDoesNotFit = "memory-does-not-fit",
     /// The engine that was asked for is not set up.
     EngineUnavailable = "engine-unavailable",
     /// Memory cannot be fetched after the move.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use super::{Error, Result};
 
@@ -138,11 +139,35 @@ pub fn descendants(pid: u32, proc: &Path) -> Result<Vec<u32>> {
 }
 
 fn parent(process: &Path) -> Option<u32> {
+    field(process, 4)?.parse().ok()
+}
+
+/// What a process does: `R`, `S`, `Z`... (proc_pid_stat(5)). Nothing when it is not there any more.
+pub(crate) fn state(pid: u32) -> Option<char> {
+    field(&Path::new("/proc").join(pid.to_string()), 3)?
+        .chars()
+        .next()
+}
+
+/// When a process was started, to within some hundredths of a second.
+pub(crate) fn started(pid: u32) -> Option<SystemTime> {
+    let ticks: u64 = field(&Path::new("/proc").join(pid.to_string()), 22)?
+        .parse()
+        .ok()?;
+    let since_boot = Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second());
+    let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+    let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
+    let uptime = Duration::try_from_secs_f64(uptime).ok()?;
+    SystemTime::now().checked_sub(uptime.saturating_sub(since_boot))
+}
+
+/// A field of a process's `stat`, counted from 1 as proc_pid_stat(5) does, from the third on.
+fn field(process: &Path, number: usize) -> Option<String> {
     let stat = std::fs::read(process.join("stat")).ok()?;
-    // The second field is a name in parentheses, which may contain anything (proc_pid_stat(5)).
+    // The second field is a name in parentheses, which may contain anything.
     let end = stat.iter().rposition(|b| *b == b')')?;
     let rest = std::str::from_utf8(&stat[end + 1..]).ok()?;
-    rest.split_whitespace().nth(1)?.parse().ok()
+    Some(rest.split_whitespace().nth(number - 3)?.to_owned())
 }
 
 /// What of a process CRIU cannot dump.

@@ -475,6 +475,7 @@ pub(crate) async fn at_destination(
         networks_to_make,
         host,
         direct,
+        room: room(config),
     })
 }
 
@@ -489,6 +490,19 @@ fn forwarding(findings: &mut Vec<Finding>) -> Result<()> {
         other => other?,
     }
     Ok(())
+}
+
+/// How much of a container's memory this host can take at once: what its file system in memory has room for,
+/// and it has memory for (`MemAvailable` in proc_meminfo(5)).
+fn room(config: &Config) -> u64 {
+    let file_system = rustix::fs::statvfs(&config.memory_dir);
+    let file_system = file_system.map_or(0, |it| it.f_bavail.saturating_mul(it.f_frsize));
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = text.lines().find_map(|line| {
+        let line = line.strip_prefix("MemAvailable:")?;
+        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
+    });
+    file_system.min(available.unwrap_or(0) << 10)
 }
 
 async fn identity(

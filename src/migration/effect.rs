@@ -158,6 +158,11 @@ pub enum Effect {
 }
 
 impl Effect {
+    /// Whether undoing this is up to the destination alone.
+    pub(crate) fn is_owed(&self) -> bool {
+        matches!(self, Effect::Destination { .. })
+    }
+
     /// The container that this may have brought here.
     pub(crate) fn restored(&self) -> Option<&ContainerId> {
         match self {

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::preflight::Preflight;
 use super::request::Request;
+use crate::agent::protocol::{Assessment, Offer};
 use crate::criu::{Code, Features, Finding};
 
 /// How a container's processes cross from one host to the other.
@@ -34,12 +35,31 @@ impl std::fmt::Display for Engine {
     }
 }
 
-/// The engine that was asked for, or else the best that both hosts have.
-pub(super) fn choose(asked: Option<Engine>, here: bool, there: bool) -> Engine {
-    asked.unwrap_or(if here && there {
-        Engine::Direct
-    } else {
-        Engine::Rest
+/// The engine that was asked for, or else the best that both hosts have and the container fits.
+pub(super) fn choose(request: &Request, offer: &Offer, assessment: &Assessment) -> Engine {
+    let able = offer.direct && assessment.direct;
+    let fits = request.post_copy || offer.memory <= assessment.room;
+    request.engine.unwrap_or(match able && fits {
+        true => Engine::Direct,
+        false => Engine::Rest,
+    })
+}
+
+/// That the container's memory has no room at the destination while it is restored from it.
+pub(super) fn too_large(request: &Request, preflight: &Preflight) -> Option<Finding> {
+    let (memory, room) = (preflight.offer.memory, preflight.assessment.room);
+    (preflight.engine == Engine::Direct && !request.post_copy && memory > room).then(|| {
+        Finding::refuse(
+            Code::MemoryDoesNotFit,
+            format!(
+                "the container has {} MiB of memory, and {} can take {} MiB at once",
+                memory >> 20,
+                request.to,
+                room >> 20
+            ),
+            "make room there (mount -o remount,size=… /dev/shm), or use --post-copy, which needs none, or \
+             --engine rest, which puts it on disk",
+        )
     })
 }
 

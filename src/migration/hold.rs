@@ -12,8 +12,11 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
+use hyper::Method;
+
 use super::drain::Drainage;
 use super::{Asked, Effect, Migration, Part, flows, forwarding, home};
+use crate::agent::protocol::{Nothing, Stage, Status};
 use crate::conntrack::Fence;
 use crate::conntrack::hold::{HeldPorts, HoldSpec, PortProtocol, Reserved};
 use crate::criu::Freezer;
@@ -22,6 +25,7 @@ use crate::podman::PublishedPort;
 use crate::{Error, Result};
 
 pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
+    still_ready(migration).await?;
     let container = &migration.preflight.container;
     let config = &migration.request.config;
     let hop = migration.hop()?;
@@ -122,6 +126,22 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
     migration.drain = drainage.arrived().await?;
     migration.downtime.part(Part::Drain);
     Ok(())
+}
+
+/// Makes sure that the way to the destination is open, and that it knows of the migration: from here on
+/// whatever goes wrong costs the container time.
+async fn still_ready(migration: &mut Migration<'_>) -> Result<()> {
+    let path = format!("/v1/migrations/{}", migration.id);
+    let answer = migration
+        .connection
+        .call(Method::GET, &path, &Nothing {})
+        .await;
+    let Status { stage, .. } = answer.map_err(Error::of_host(&migration.request.to))?;
+    if stage == Stage::Prepared {
+        Ok(())
+    } else {
+        Err(Error::Forgotten(migration.request.to.clone()))
+    }
 }
 
 /// The ports at which new connections wait; those of other protocols have none.

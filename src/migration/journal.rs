@@ -61,6 +61,10 @@ enum Line {
     Will { effect: Effect },
     /// From here on the migration is only ever finished, never undone.
     Committed,
+    /// The operator has said that the container is this host's, whatever the destination says.
+    KeptHere,
+    /// All is undone but what the destination has still to be told.
+    Owed,
 }
 
 /// An open journal. For as long as it is, nobody else can open it: a migration that is under way is
@@ -71,6 +75,7 @@ pub struct Journal {
     file: File,
     effects: Vec<Effect>,
     committed: bool,
+    kept_here: bool,
 }
 
 impl Journal {
@@ -103,6 +108,7 @@ impl Journal {
             file,
             effects: Vec::new(),
             committed: false,
+            kept_here: false,
         })
     }
 
@@ -141,7 +147,7 @@ impl Journal {
             file.set_len(whole as u64).map_err(io("cut"))?;
         }
         let mut effects = Vec::new();
-        let mut committed = false;
+        let (mut committed, mut kept_here) = (false, false);
         for (index, line) in text[..whole]
             .split_inclusive(|byte| *byte == b'\n')
             .enumerate()
@@ -149,6 +155,8 @@ impl Journal {
             match serde_json::from_slice(line) {
                 Ok(Line::Will { effect }) => effects.push(effect),
                 Ok(Line::Committed) => committed = true,
+                Ok(Line::KeptHere) => kept_here = true,
+                Ok(Line::Owed) => effects.retain(Effect::is_owed),
                 Err(source) => {
                     return Err(JournalError::Damaged {
                         path: path.to_owned(),
@@ -163,6 +171,7 @@ impl Journal {
             file,
             effects,
             committed,
+            kept_here,
         })
     }
 
@@ -191,6 +200,32 @@ impl Journal {
     /// Whether there is no way back.
     pub fn committed(&self) -> bool {
         self.committed
+    }
+
+    /// Writes down that the operator keeps the container here.
+    ///
+    /// # Errors
+    /// When it cannot be written; then it is not.
+    pub fn keep_here(&mut self) -> Result<(), JournalError> {
+        self.append([Line::KeptHere].into_iter())?;
+        self.kept_here = true;
+        Ok(())
+    }
+
+    /// Whether the operator keeps the container here.
+    pub fn kept_here(&self) -> bool {
+        self.kept_here
+    }
+
+    /// Forgets all but what the destination has still to be told: the rest is undone, and what may be
+    /// done to the container from now on is not to be.
+    ///
+    /// # Errors
+    /// When it cannot be written; then everything will be undone again.
+    pub fn owed(&mut self) -> Result<(), JournalError> {
+        self.append([Line::Owed].into_iter())?;
+        self.effects.retain(Effect::is_owed);
+        Ok(())
     }
 
     /// What was done, or was about to be, in that order.

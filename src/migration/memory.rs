@@ -94,7 +94,7 @@ pub(super) async fn round(shell: &mut Shell, terms: &Terms<'_>) -> Result<Round>
 }
 
 /// Where an earlier round is, seen from a later one or from the last images (`--parent-path` in criu(8)).
-pub(super) fn parent(round: usize) -> String {
+pub(crate) fn parent(round: usize) -> String {
     format!("../round-{round}")
 }
 

@@ -70,15 +70,15 @@ pub(crate) use hop::{
 pub(crate) use journal::number_of;
 pub use journal::{Journal, JournalError, left_behind};
 pub use memory::Round;
-pub(crate) use memory::directories as round_directories;
+pub(crate) use memory::{directories as round_directories, parent as parent_round};
 pub use path::Path;
 pub use plan::{Plan, plan};
 pub use preflight::{Preflight, check, must_be_root};
 pub(crate) use preflight::{connect, find, podman};
 pub(crate) use prepare::mtu;
-pub use recover::{Recovered, recover};
+pub use recover::{Keep, Recovered, recover};
 pub use report::{Leftover, PhaseTime, Report};
-pub use request::{MAX_DOWNTIME, Request, WhenFull, WhenOver};
+pub use request::{MAX_DOWNTIME, MOST_ROUNDS, Request, WhenFull, WhenOver};
 pub use revoke::{Hopless, Revoked, revoke};
 pub(crate) use shell::{make as make_private, staging};
 pub(crate) use undo::{Hands, leave_idle_hops, remove_staging, unwind};

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::engine::Engine;
 use super::event::Phase;
 use super::preflight::{self, Preflight};
 use super::request::Request;
@@ -83,6 +84,26 @@ fn steps(preflight: &Preflight, request: &Request) -> Vec<Step> {
             Phase::Prepare,
             there,
             format!("image {}, sent from here", container.image_name),
+            Some("remove it"),
+        );
+    }
+    if preflight.engine == Engine::Direct {
+        add(
+            Phase::Prepare,
+            here,
+            format!(
+                "`{}` is exported by Podman but for its processes; it runs on",
+                container.name
+            ),
+            Some("drop it"),
+        );
+        add(
+            Phase::Precopy,
+            there,
+            format!(
+                "Podman makes `{}`, all but its processes, with its files; its memory goes ahead as far as it can",
+                container.name
+            ),
             Some("remove it"),
         );
     }

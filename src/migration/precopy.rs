@@ -16,6 +16,7 @@ use futures::{Stream, StreamExt};
 use hyper::{HeaderMap, Method};
 
 use super::memory::{self, Round};
+use super::request::MOST_ROUNDS;
 use super::{Cargo, Event, Migration, WhenOver, freeze, shell};
 use crate::agent::protocol::Nothing;
 use crate::bundle::{self, Compression, Mirror, Pace, Source};
@@ -29,14 +30,13 @@ const WORTH_A_ROUND: u64 = 32 << 20;
 const OTHER_PARTS: Duration = Duration::from_millis(60);
 /// So few bytes are sent in the last round as quickly as in another one before.
 const FEW: u64 = 1 << 20;
-/// No more rounds than this, as with CRIU's p.haul (8): what changes as fast as it is sent never gets less.
-const MOST_ROUNDS: usize = 8;
 
 pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
     if migration.shell.is_none() {
         return Ok(());
     }
     memory_rounds(migration).await?;
+    shell::send(migration).await?;
     let mut mirror = Mirror::new(sources(&migration.preflight.container)?);
     let mut before = u64::MAX;
     for _ in 0..MOST_ROUNDS {
@@ -58,17 +58,16 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
 
 /// Copies memory for as long as the next round is likely to leave less to the downtime.
 async fn memory_rounds(migration: &mut Migration<'_>) -> Result<()> {
-    let memory = resident(&migration.preflight.container);
+    let memory = migration.preflight.offer.memory;
     let tracks = |criu: &Criu| criu.dirty_tracking;
     let criu = &migration.preflight.offer.features.criu;
     if !criu.as_ref().is_some_and(tracks) || memory < WORTH_A_ROUND {
         return Ok(());
     }
-    // Post-copy needs no more than one: what the destination lacks then it fetches.
-    let most = if migration.request.post_copy {
-        1
-    } else {
-        MOST_ROUNDS
+    let most = match migration.request.post_copy {
+        // What the destination lacks then it fetches.
+        true => migration.request.most_rounds.min(1),
+        false => migration.request.most_rounds,
     };
     for _ in 0..most {
         migration.may_go_on(migration.clock.phase())?;
@@ -119,7 +118,7 @@ fn within_budget(migration: &Migration<'_>, last: Round) -> bool {
 }
 
 /// How much memory a container's processes have, in bytes, shared parts counted by each.
-fn resident(container: &Container) -> u64 {
+pub(super) fn resident(container: &Container) -> u64 {
     let pids = container
         .pid
         .and_then(|pid| Freezer::of(pid, Path::new("/")).ok())

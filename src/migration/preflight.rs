@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::check as checks;
 use super::engine::{self, Engine};
 use super::lock::Lock;
-use super::{Clock, Event, Request, flows};
+use super::{Clock, Event, Request, flows, precopy};
 use crate::agent::protocol::{Assessment, Offer};
 use crate::agent::{Connection, Identity, Limits, Peer, PeerName, Peers, Permission};
 use crate::conntrack::Flow;
@@ -117,13 +117,14 @@ async fn look(
         host,
         features,
         direct,
+        memory: precopy::resident(&container),
     };
     let assessment: Assessment = connection
         .call(Method::POST, "/v1/assess", &offer)
         .await
         .map_err(Error::of_host(&request.to))?;
     findings.extend(assessment.findings.iter().cloned());
-    let engine = engine::choose(request.engine, offer.direct, assessment.direct);
+    let engine = engine::choose(request, &offer, &assessment);
     if engine == Engine::Rest {
         findings.extend(checks::by_podman(&container));
     }
@@ -138,6 +139,9 @@ async fn look(
     preflight
         .findings
         .extend(engine::unavailable(request, &preflight));
+    preflight
+        .findings
+        .extend(engine::too_large(request, &preflight));
     preflight
         .findings
         .extend(engine::post_copy(request, &preflight));

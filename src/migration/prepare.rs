@@ -4,7 +4,6 @@
 //! is sent if they are missing. What fails here has cost the container nothing.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use async_compression::tokio::bufread::ZstdEncoder;
 use bytes::Bytes;
@@ -17,9 +16,6 @@ use crate::agent::protocol::{IMAGE_PIECE, Nothing, Prepare, Prepared};
 use crate::podman::{Container, Network};
 use crate::{Error, Result};
 
-/// How long the destination may take to unpack an image once it has all of it.
-const LOAD_IMAGE: Duration = Duration::from_secs(600);
-
 pub(super) async fn prepare(migration: &mut Migration<'_>) -> Result<()> {
     open_hop(migration).await?;
     if !migration.preflight.assessment.image_present {
@@ -27,7 +23,7 @@ pub(super) async fn prepare(migration: &mut Migration<'_>) -> Result<()> {
     }
     match migration.preflight.engine {
         Engine::Rest => Ok(()),
-        Engine::Direct => shell::send(migration).await,
+        Engine::Direct => shell::take(migration).await,
     }
 }
 
@@ -106,10 +102,10 @@ async fn send_image(migration: &mut Migration<'_>) -> Result<()> {
         }
     });
     let path = format!("/v1/migrations/{}/image", migration.id);
-    let call =
-        migration
-            .connection
-            .send_stream(Method::PUT, &path, HeaderMap::new(), body, LOAD_IMAGE);
+    let within = migration.request.config.image_timeout;
+    let call = migration
+        .connection
+        .send_stream(Method::PUT, &path, HeaderMap::new(), body, within);
     let mut call = std::pin::pin!(call);
     let cancel = migration.request.cancel.clone();
     let Nothing {} = loop {

@@ -25,55 +25,104 @@ pub struct Recovered {
     pub leftovers: Vec<Leftover>,
 }
 
+/// Which host is to have a container when the other one does not answer. For the operator to say, who can
+/// see to it that the other one is silent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// This one. The destination is told to give up its copy, for five seconds. Then the container goes on
+    /// here as of the freeze, and nothing that the copy says comes through this host any more. What the
+    /// copy does elsewhere this host cannot prevent. The destination is told when `recover` is called
+    /// again and it answers.
+    Source,
+    /// The destination. The container here is removed, frozen as it is.
+    Destination,
+}
+
 /// Finishes the migrations from this host that were past their point of no return, and undoes the
-/// others.
+/// others. `keep` decides where nobody else can: where a destination does not say whether it runs the
+/// container.
 ///
 /// # Errors
-/// [`Error::InDoubt`] if a destination does not say whether it runs the container; whatever else was
-/// interrupted is still there too, and calling this again is safe.
-pub async fn recover(config: &Config, observer: &mut dyn Observer) -> Result<Vec<Recovered>> {
+/// [`Error::InDoubt`] if a destination does not say whether it runs the container, and `keep` neither;
+/// that migration stays as it is, all others are recovered, and calling this again is safe.
+/// [`Error::NotThere`] if a destination is to keep what it says it does not run.
+pub async fn recover(
+    config: &Config,
+    keep: Option<Keep>,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Recovered>> {
     must_be_root()?;
     let mut recovered = Vec::new();
+    let mut doubt = None;
     for path in left_behind(&config.outgoing_dir())? {
-        let mut journal = match Journal::open(&path) {
+        let journal = match Journal::open(&path) {
             Err(JournalError::InUse { .. }) => continue,
             journal => journal?,
         };
-        let mut hands = Hands::new(config.clone(), podman(config)?);
-        hands.unsure = true;
-        if !journal.committed() && runs_elsewhere(&hands, &journal).await? {
-            // Before the destination hears of it: afterwards it knows nothing of the migration.
-            journal.commit()?;
+        match recover_one(config, journal, keep, observer).await {
+            Ok((finished, leftovers)) => recovered.push(Recovered {
+                migration: number_of(&path),
+                finished,
+                leftovers,
+            }),
+            // The others are not to wait for it.
+            Err(error) => doubt = doubt.or(Some(error)),
         }
-        let finished = journal.committed();
-        let leftovers = if finished {
-            finish(&hands, &journal).await
-        } else {
-            unwind(&mut hands, &journal, observer)
-                .await
-                .map_err(|destination| Error::InDoubt {
-                    cause: Box::new(Error::Interrupted(super::Phase::Restore)),
-                    destination,
-                })?
-        };
-        if leftovers.is_empty() {
-            journal.close()?;
-        }
-        recovered.push(Recovered {
-            migration: number_of(&path),
-            finished,
-            leftovers,
-        });
     }
     Lock::sweep(config.lock_dir());
-    Ok(recovered)
+    doubt.map_or(Ok(recovered), Err)
+}
+
+/// Whether it was finished, and what is left of it.
+async fn recover_one(
+    config: &Config,
+    mut journal: Journal,
+    keep: Option<Keep>,
+    observer: &mut dyn Observer,
+) -> Result<(bool, Vec<Leftover>)> {
+    let mut hands = Hands::new(config.clone(), podman(config)?);
+    hands.unsure = true;
+    if !journal.committed() && !journal.kept_here() {
+        match keep {
+            Some(Keep::Source) => journal.keep_here()?,
+            _ => {
+                if runs_elsewhere(&hands, &journal, keep).await? {
+                    // Before the destination hears of it: afterwards it knows nothing of the migration.
+                    journal.commit()?;
+                }
+            }
+        }
+    }
+    hands.kept_here = journal.kept_here();
+    let finished = journal.committed();
+    let leftovers = if finished {
+        finish(&hands, &journal).await
+    } else {
+        unwind(&mut hands, &journal, observer)
+            .await
+            .map_err(|destination| Error::InDoubt {
+                cause: Box::new(Error::Interrupted(super::Phase::Restore)),
+                destination,
+            })?
+    };
+    let owed = |leftover: &Leftover| {
+        let mut owed = journal.effects().iter().filter(|effect| effect.is_owed());
+        owed.any(|effect| effect.to_string() == leftover.effect)
+    };
+    if leftovers.is_empty() {
+        journal.close()?;
+    } else if journal.kept_here() && leftovers.iter().all(owed) {
+        journal.owed()?;
+    }
+    Ok((finished, leftovers))
 }
 
 /// Whether the destination runs the container. Then the world may have heard of it, and it stays.
 ///
 /// # Errors
-/// [`Error::InDoubt`] if the destination was asked to restore it and does not answer now.
-async fn runs_elsewhere(hands: &Hands, journal: &Journal) -> Result<bool> {
+/// [`Error::InDoubt`] if the destination was asked to restore it and does not answer now, and the operator
+/// has not said that it is to keep it; [`Error::NotThere`] if he has, and it says that it does not.
+async fn runs_elsewhere(hands: &Hands, journal: &Journal, keep: Option<Keep>) -> Result<bool> {
     for effect in journal.effects() {
         let Effect::Destination {
             peer,
@@ -83,12 +132,20 @@ async fn runs_elsewhere(hands: &Hands, journal: &Journal) -> Result<bool> {
         else {
             continue;
         };
-        let runs = hands.runs_at(peer, migration).await;
-        if runs.map_err(|cause| Error::InDoubt {
-            cause: Box::new(cause),
-            destination: peer.clone(),
-        })? {
-            return Ok(true);
+        let patience = match keep {
+            Some(_) => hands.config.give_up_timeout,
+            None => hands.config.doubt_timeout,
+        };
+        match (hands.runs_at(peer, migration, patience).await, keep) {
+            (Ok(true), _) | (Err(_), Some(Keep::Destination)) => return Ok(true),
+            (Ok(false), Some(Keep::Destination)) => return Err(Error::NotThere(peer.clone())),
+            (Ok(false), _) => {}
+            (Err(cause), _) => {
+                return Err(Error::InDoubt {
+                    cause: Box::new(cause),
+                    destination: peer.clone(),
+                });
+            }
         }
     }
     Ok(false)

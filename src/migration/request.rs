@@ -8,6 +8,10 @@ use super::engine::Engine;
 use super::event::Phase;
 use crate::{Config, Error};
 
+/// In how many rounds memory is copied at most, unless something else is asked for: as in CRIU's p.haul. What
+/// is written to as fast as it is sent never gets less.
+pub const MOST_ROUNDS: usize = 8;
+
 /// How long a container may answer nobody unless something else is asked for: what QEMU and Cloud Hypervisor
 /// have for virtual machines (`downtime-limit`, `downtime_ms`).
 pub const MAX_DOWNTIME: Duration = Duration::from_millis(300);
@@ -63,6 +67,8 @@ pub struct Request {
     pub max_downtime: Duration,
     /// What happens if it never does.
     pub when_over: WhenOver,
+    /// No more rounds of copying memory than this.
+    pub most_rounds: usize,
     /// Let the container run at the destination before its memory is there (direct engine only): what it
     /// touches is fetched, and the rest follows. If the hosts lose each other before all of it is there, the
     /// container is lost.
@@ -91,6 +97,7 @@ impl Request {
             engine: None,
             max_downtime: MAX_DOWNTIME,
             when_over: WhenOver::default(),
+            most_rounds: MOST_ROUNDS,
             post_copy: false,
             rehearse: None,
             cancel: CancellationToken::new(),
@@ -137,6 +144,12 @@ impl Request {
     /// Answering nobody for no longer than this, if that can be had.
     pub fn max_downtime(mut self, budget: Duration) -> Request {
         self.max_downtime = budget;
+        self
+    }
+
+    /// Copying memory no more often than this while the container runs.
+    pub fn most_rounds(mut self, rounds: usize) -> Request {
+        self.most_rounds = rounds;
         self
     }
 

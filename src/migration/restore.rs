@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use hyper::{HeaderMap, Method};
 
-use super::{Cargo, Event, Migration, Part};
-use crate::agent::protocol::Running;
+use super::{Cargo, Event, Hands, Migration, Part, connect};
+use crate::agent::protocol::{MigrationId, Running, Stage, Status};
 use crate::bundle::splice::STATS_DUMP;
 use crate::criu::DumpStats;
 use crate::{Error, Result};
@@ -13,32 +13,55 @@ use crate::{Error, Result};
 /// How often the observer is told how much has been sent.
 const TOLD_EVERY: Duration = Duration::from_millis(250);
 
+/// How often the destination is asked anew while its answer is awaited.
+const ASK_EVERY: Duration = Duration::from_secs(5);
+/// How long an answer may be on its way that was given before another one.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
     let stream = migration.stream.take().ok_or(Error::OutOfOrder("stream"))?;
     let path = format!("/v1/migrations/{}/restore", migration.id);
     let within = migration.request.config.restore_timeout;
     let full = migration.hold_is_full();
-    let answer = migration.connection.send_stream(
-        Method::POST,
-        &path,
-        HeaderMap::new(),
-        stream.bytes,
-        within,
-    );
-    let mut answer = std::pin::pin!(answer);
-    let mut tick = tokio::time::interval(TOLD_EVERY);
-    let running: Running = loop {
-        tokio::select! {
-            answer = &mut answer => break answer.map_err(Error::of_host(&migration.request.to))?,
-            _ = tick.tick() => migration.clock.observer.observe(Event::Sent {
-                what: Cargo::Container,
-                bytes: stream.progress.wire(),
-                total: None,
-            }),
-            () = full.cancelled() => return Err(migration.request.hold_full()),
-            () = migration.request.cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
+    let (running, anew) = {
+        let answer = migration.connection.send_stream(
+            Method::POST,
+            &path,
+            HeaderMap::new(),
+            stream.bytes,
+            within,
+        );
+        let mut answer = std::pin::pin!(answer);
+        let mut tick = tokio::time::interval(TOLD_EVERY);
+        let mut news = std::pin::pin!(news(&migration.hands, &migration.request.to, &migration.id));
+        loop {
+            tokio::select! {
+                answer = &mut answer => break (answer.map_err(Error::of_host(&migration.request.to))?, false),
+                news = &mut news => break match news {
+                    Some(running) => (running, true),
+                    // It may have said why, just now.
+                    None => match tokio::time::timeout(LAST_WORDS, &mut answer).await {
+                        Ok(answer) => (answer.map_err(Error::of_host(&migration.request.to))?, false),
+                        Err(_) => return Err(Error::Forgotten(migration.request.to.clone())),
+                    },
+                },
+                _ = tick.tick() => migration.clock.observer.observe(Event::Sent {
+                    what: Cargo::Container,
+                    bytes: stream.progress.wire(),
+                    total: None,
+                }),
+                () = full.cancelled() => return Err(migration.request.hold_full()),
+                () = migration.request.cancel.cancelled() => return Err(Error::Interrupted(migration.clock.phase())),
+            }
         }
     };
+    if anew {
+        // What has been silent for so long is not waited for again.
+        match connect(&migration.request.config, &migration.peer).await {
+            Ok(connection) => migration.connection = connection,
+            Err(error) => tracing::debug!(%error, "the old connection has to do"),
+        }
+    }
     migration.downtime.part(Part::Restore);
     let there = [
         (Part::Insert, running.insert),
@@ -68,4 +91,29 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
         .collect();
     tracing::debug!(restore = ?running.restore, flows = running.flows, "the container runs at the destination");
     Ok(())
+}
+
+/// Asks over new connections what has become of the container: whether it runs, or whether the destination
+/// knows nothing of it any more.
+///
+/// A connection that was cut for half a minute is silent for another: TCP waits for longer and longer before
+/// it tries again, and a destination that was started anew says nothing at all. A new one gets through at
+/// once. While the container is being restored the answer takes as long as that.
+async fn news(hands: &Hands, peer: &str, migration: &MigrationId) -> Option<Running> {
+    loop {
+        tokio::time::sleep(ASK_EVERY).await;
+        match hands.status_at(peer, migration).await {
+            Ok(Status {
+                stage: Stage::Running,
+                running: Some(running),
+            }) => return Some(running),
+            // It has not had all of the container yet, or is at work on it.
+            Ok(Status {
+                stage: Stage::Prepared | Stage::Restoring,
+                ..
+            }) => {}
+            Ok(_) => return None,
+            Err(error) => tracing::debug!(%error, peer, "asked anew, and no answer"),
+        }
+    }
 }

@@ -9,6 +9,9 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use hyper::{HeaderMap, Method};
 
 use super::memory::{self, Serving};
@@ -23,7 +26,6 @@ use crate::runtime::{
 use crate::{Error, Result, runtime};
 
 /// The checkpoint that Podman believes to have made.
-#[derive(Debug)]
 pub(super) struct Shell {
     /// How Podman has a checkpoint of this container made.
     pub checkpoint: Invocation,
@@ -35,6 +37,8 @@ pub(super) struct Shell {
     pub images: PathBuf,
     /// Where CRIU's log and statistics will be.
     pub work: PathBuf,
+    /// What Podman has written of the container.
+    archive: Option<BoxStream<'static, bundle::Result<Bytes>>>,
     /// Which of the images have gone ahead.
     pub sent: BTreeSet<PathBuf>,
     /// A connection to the destination for nothing but memory, so that opening one costs no downtime.
@@ -55,8 +59,8 @@ impl Shell {
     }
 }
 
-/// Has the destination make the container, all but its processes.
-pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
+/// Has Podman write the archive of the container, all but its processes, and learns how it has them saved.
+pub(super) async fn take(migration: &mut Migration<'_>) -> Result<()> {
     let config = &migration.request.config;
     let container = &migration.preflight.container;
     let directory = config.memory_dir.join(format!("livemig-{}", migration.id));
@@ -91,6 +95,7 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
             staging: directory,
             images,
             work,
+            archive: None,
             sent: BTreeSet::new(),
             for_pages,
             standby: None,
@@ -99,7 +104,7 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
     };
     let checkpoint = freeze::checkpoint(&migration.hands.podman, container);
     let mut checkpoint = std::pin::pin!(checkpoint);
-    let shell = tokio::select! {
+    let mut shell = tokio::select! {
         biased;
         shell = call => shell?,
         // Before livemig was asked: it was not the runtime.
@@ -110,7 +115,18 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
     };
     let archive = checkpoint.await?;
     drop(rendezvous);
-    let archive = bundle::without_volumes(archive);
+    shell.archive = Some(bundle::without_volumes(archive).boxed());
+    migration.shell = Some(shell);
+    Ok(())
+}
+
+/// Has the destination make the container, all but its processes.
+///
+/// Podman there waits for them, and not for ever: whatever takes long is done before.
+pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
+    let within = migration.request.config.shell_timeout;
+    let shell = migration.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    let archive = shell.archive.take().ok_or(Error::OutOfOrder("archive"))?;
     let (bytes, progress) = bundle::send(archive, Compression::None);
     let path = format!("/v1/migrations/{}/shell", migration.id);
     let Nothing {} = migration
@@ -119,7 +135,6 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
         .await
         .map_err(Error::of_host(&migration.request.to))?;
     migration.bytes_sent += progress.wire();
-    migration.shell = Some(shell);
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Undoing what the journal names.
 
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use hyper::Method;
@@ -19,13 +19,10 @@ use crate::agent::protocol::{MigrationId, Nothing, Stage, Status, Undone};
 use crate::conntrack::hold::{Hold, Pace, To};
 use crate::conntrack::{self, Family, Fence, Table, alias, steer};
 use crate::netlink::Namespace;
-use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions};
+use crate::podman::{self, Client, ContainerId, PublishedPort, RemoveOptions, remains};
 use crate::tunnel::HopId;
 use crate::{Config, Error, Result};
 
-/// How long the destination is asked to give up its copy before the migration is called in doubt. A
-/// restarted agent answers within seconds.
-const ASKED_FOR: Duration = Duration::from_secs(60);
 /// How long to wait before asking again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -41,6 +38,9 @@ pub(crate) struct Hands {
     /// Whether Podman may still be at work on what was asked of it: whoever asked has died, or gave
     /// up waiting.
     pub unsure: bool,
+    /// Whether the container is this host's though the destination does not say that it has given up
+    /// its copy: the operator has said so.
+    pub kept_here: bool,
 }
 
 /// Why an effect is still there.
@@ -68,18 +68,17 @@ pub(crate) async fn unwind(
     observer: &mut dyn Observer,
 ) -> Result<Vec<Leftover>, String> {
     let mut leftovers = Vec::new();
-    if hands.unsure {
-        for effect in journal.effects() {
-            if let Effect::Forget { container, .. } = effect {
-                hands.checkpoint_ended(container).await;
-            }
+    for effect in journal.effects() {
+        if let Effect::Forget { container, .. } = effect {
+            hands.checkpoint_ended(container).await;
         }
     }
     let done = journal.effects().iter().rev();
     // Past the point of no return nothing is undone, and before it nothing is forgotten.
     for effect in done.filter(|effect| !matches!(effect, Effect::Forget { .. })) {
         if matches!(effect, Effect::Restored { .. }) && hands.unsure {
-            restores_ended(journal.written().unwrap_or(SystemTime::UNIX_EPOCH)).await;
+            let since = journal.written().unwrap_or(SystemTime::UNIX_EPOCH);
+            hands.restores_ended(since).await;
         }
         let failure = match hands.undo(effect).await {
             Ok(()) => None,
@@ -104,6 +103,7 @@ pub(crate) async fn unwind(
             failure,
         });
     }
+    remains::sweep();
     Ok(leftovers)
 }
 
@@ -115,34 +115,70 @@ impl Hands {
             holds: Vec::new(),
             namespace: None,
             unsure: false,
+            kept_here: false,
         }
     }
 
-    /// Waits until Podman has ended the checkpoint that a process that died had asked for.
+    /// Waits until the checkpoint has ended that a process that died had asked for, or that a Podman
+    /// that died was at work on.
     ///
     /// CRIU leaves frozen what it found frozen (`freezer_restore_state` in `criu/seize.c`): what is
     /// thawed during a dump would be frozen again at its end, with nobody there to thaw it.
     async fn checkpoint_ended(&self, container: &ContainerId) {
-        const LONGEST: Duration = Duration::from_secs(600);
+        const LOOK_AGAIN: Duration = Duration::from_millis(20);
+        let longest = self.config.checkpoint_timeout;
         let began = Instant::now();
         // Podman locks a container while it works on it, and whoever looks waits.
-        while let Err(podman::Error::Timeout { .. }) = self.podman.inspect(container.as_str()).await
-            && began.elapsed() < LONGEST
+        while self.unsure
+            && let Err(podman::Error::Timeout { .. }) =
+                self.podman.inspect(container.as_str()).await
+            && began.elapsed() < longest
         {}
+        while remains::checkpoint_under_way(container) && began.elapsed() < longest {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
-    /// Has somebody's answer to whether the container runs there, or goes on asking for a minute.
-    pub async fn runs_at(&self, peer: &str, migration: &MigrationId) -> Result<bool> {
+    /// Waits until Podman has ended the restores that it was asked for since then.
+    ///
+    /// Podman goes on when whoever asked has died: an archive that it has all of becomes a container,
+    /// after a while in which nothing of that container is to be seen. A copy that appears after it was
+    /// "undone" would run beside its source. What can be seen is the file that Podman keeps the archive
+    /// in until it has answered.
+    async fn restores_ended(&self, since: SystemTime) {
+        const LOOK_AGAIN: Duration = Duration::from_millis(50);
+        // A file that stays for longer was left by a Podman that died.
+        let longest = self.config.unwanted_restore_timeout;
         let began = Instant::now();
-        let path = format!("/v1/migrations/{migration}");
+        while remains::restore_under_way(since) && began.elapsed() < longest {
+            // Where Podman is started by whoever asks: then the file is seen to be older than it.
+            let _ = self.podman.host().await;
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Has somebody's answer to whether the container runs there, or goes on asking for so long.
+    pub async fn runs_at(
+        &self,
+        peer: &str,
+        migration: &MigrationId,
+        patience: Duration,
+    ) -> Result<bool> {
+        let began = Instant::now();
         loop {
-            match ask::<Status>(&self.config, peer, Method::GET, &path).await {
-                Ok(Status { stage }) => return Ok(stage == Stage::Running),
-                Err(error) if began.elapsed() >= ASKED_FOR => return Err(error),
+            match self.status_at(peer, migration).await {
+                Ok(Status { stage, .. }) => return Ok(stage == Stage::Running),
+                Err(error) if began.elapsed() >= patience => return Err(error),
                 Err(error) => tracing::debug!(%error, peer, "no answer yet; asking again"),
             }
             tokio::time::sleep(ASK_AGAIN).await;
         }
+    }
+
+    /// Asks somebody once where a migration stands.
+    pub async fn status_at(&self, peer: &str, migration: &MigrationId) -> Result<Status> {
+        let path = format!("/v1/migrations/{migration}");
+        ask(&self.config, peer, Method::GET, &path).await
     }
 
     /// Tells the destination that the container is its own.
@@ -220,8 +256,8 @@ impl Hands {
         let began = Instant::now();
         // Whoever was only asked to prepare tidies up by itself when it hears nothing more.
         let patience = match asked {
-            Asked::Prepare => Duration::from_secs(5),
-            Asked::Restore => ASKED_FOR,
+            Asked::Restore if !self.kept_here => self.config.doubt_timeout,
+            _ => self.config.give_up_timeout,
         };
         loop {
             let path = format!("/v1/migrations/{migration}");
@@ -237,13 +273,20 @@ impl Hands {
             };
             if began.elapsed() >= patience {
                 return Err(match asked {
-                    Asked::Prepare => UndoError::Failed(error),
-                    Asked::Restore => UndoError::InDoubt(peer.to_owned(), error),
+                    Asked::Restore if !self.kept_here => UndoError::InDoubt(peer.to_owned(), error),
+                    // What the copy says is not heard here any more once its flows are unmarked, which
+                    // is the next thing to be undone: the guard of the hop drops it.
+                    _ => UndoError::Failed(error),
                 });
             }
             tracing::debug!(%error, peer, "the destination does not answer; asking again");
             tokio::time::sleep(ASK_AGAIN).await;
         }
+    }
+
+    /// The program that runs this host's containers.
+    async fn runtime(&self) -> Result<PathBuf> {
+        Ok(self.podman.host().await?.runtime.path)
     }
 
     /// Removes a restored container and the volumes that came with it.
@@ -258,11 +301,17 @@ impl Hands {
             timeout: Some(Duration::ZERO),
             volumes: true,
         };
+        // Of a Podman that has died, and not known to the one that lives.
+        if remains::restore_goes_on(container) {
+            remains::end(container, &self.runtime().await?).await;
+        }
         // Its sockets die with it, and what they say then would end the connections that go on at the
         // source, or have them taken for ended there.
         let addresses = match self.podman.inspect(container.as_str()).await {
             Ok(copy) => copy.addresses().collect(),
-            Err(error) if error.is_not_found() => Vec::new(),
+            // It is not there, or so little of it that it cannot be looked at (its storage is gone, or
+            // was never made): it has no sockets.
+            Err(podman::Error::NotFound { .. } | podman::Error::Refused { .. }) => Vec::new(),
             Err(error) => return Err(error.into()),
         };
         let fence = Fence {
@@ -277,6 +326,9 @@ impl Hands {
             tracing::warn!(%container, %error, "the copy may be heard when it ends");
         }
         self.podman.remove(container, options).await?;
+        if remains::are_there(container) {
+            remains::end(container, &self.runtime().await?).await;
+        }
         fence.remove().await?;
         for volume in volumes {
             self.podman.remove_volume(volume).await?;
@@ -402,37 +454,6 @@ async fn ask<T: DeserializeOwned>(
 ) -> Result<T> {
     let mut connection = connect(config, &peer(config, name)?).await?;
     Ok(connection.call(method, path, &Nothing {}).await?)
-}
-
-/// Waits until Podman has ended the restores that it was asked for since then.
-///
-/// Podman goes on when whoever asked has died: an archive that it has all of becomes a container,
-/// after a while in which nothing of that container is to be seen. A copy that appears after it was
-/// "undone" would run beside its source. What can be seen is the file that Podman keeps the archive
-/// in until it has answered (`os.CreateTemp("", "restore")` in
-/// `pkg/api/handlers/libpod/containers.go`).
-async fn restores_ended(since: SystemTime) {
-    /// The temporary directory of Podman's service, unless it is told otherwise.
-    const TEMPORARY: &str = "/var/tmp";
-    /// A file that stays for longer was left by a Podman that died itself.
-    const LONGEST: Duration = Duration::from_secs(45);
-    const LOOK_AGAIN: Duration = Duration::from_millis(50);
-    let began = Instant::now();
-    let under_way = || {
-        let files = std::fs::read_dir(TEMPORARY).into_iter().flatten().flatten();
-        let mut archives = files.filter(|file| {
-            let name = file.file_name();
-            let number = name.to_str().and_then(|name| name.strip_prefix("restore"));
-            number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-        });
-        archives.any(|file| {
-            let modified = file.metadata().and_then(|about| about.modified());
-            modified.is_ok_and(|modified| modified >= since)
-        })
-    };
-    while under_way() && began.elapsed() < LONGEST {
-        tokio::time::sleep(LOOK_AGAIN).await;
-    }
 }
 
 /// Runs what blocks on a thread where it may.

@@ -46,6 +46,7 @@ mod id;
 mod image;
 mod inspect;
 mod network;
+pub(crate) mod remains;
 mod request;
 mod restore;
 mod secret;

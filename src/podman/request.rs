@@ -82,7 +82,10 @@ impl Purpose {
     }
 
     pub fn refused(&self, status: u16, cause: String, message: String) -> Error {
-        if status == StatusCode::NOT_FOUND.as_u16() {
+        /// What Podman says, with status 500, of a container that was removed while it looked at it
+        /// (`ErrNoSuchCtr` in `libpod/define/errors.go`).
+        const GONE_MEANWHILE: &str = "no such container";
+        if status == StatusCode::NOT_FOUND.as_u16() || cause == GONE_MEANWHILE {
             return Error::NotFound {
                 doing: self.doing,
                 what: self.what.clone(),
@@ -565,6 +568,16 @@ mod tests {
             .unwrap();
         assert!(error.is_not_found());
         assert!(error.to_string().contains("no container with name"));
+
+        // One that is being removed while it is looked at.
+        let body = r#"{"cause":"no such container","message":"no container with ID 1 found in database: no such container","response":500}"#;
+        let (_dir, socket, _server) = serve(response("500 Internal Server Error", body));
+        let error = socket
+            .send(call("/x"), Upload::empty())
+            .await
+            .err()
+            .unwrap();
+        assert!(error.is_not_found());
 
         let body = r#"{"cause":"c","message":"m: c","response":500}"#;
         let (_dir, socket, _server) = serve(response("500 Internal Server Error", body));

@@ -15,6 +15,8 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+pub mod gate;
+pub mod link;
 pub mod pair;
 
 use std::collections::{BTreeMap, HashMap};
@@ -82,9 +84,14 @@ impl Lab {
             hosts,
             clients: 1,
             options: Vec::new(),
-            bin_dir: option_env!("CARGO_BIN_EXE_livemig")
-                .and_then(|path| Path::new(path).parent())
-                .map(PathBuf::from),
+            storage_size: None,
+            // What was built with this test, unless somebody wants another.
+            bin_dir: match std::env::var_os("LIVEMIG_BIN_DIR") {
+                Some(directory) => Some(directory.into()),
+                None => option_env!("CARGO_BIN_EXE_livemig")
+                    .and_then(|path| Path::new(path).parent())
+                    .map(PathBuf::from),
+            },
         }
     }
 
@@ -159,6 +166,7 @@ pub struct Builder {
     hosts: usize,
     clients: usize,
     options: Vec<String>,
+    storage_size: Option<&'static str>,
     bin_dir: Option<PathBuf>,
 }
 
@@ -187,6 +195,12 @@ impl Builder {
     /// Containers' storage and `/var/tmp` below this directory instead of in memory.
     pub fn storage(self, directory: &Path) -> Builder {
         self.option(&["--storage", &directory.to_string_lossy()])
+    }
+
+    /// The bound of each host's two file systems in memory, as mount(8) wants it.
+    pub fn storage_size(mut self, size: &'static str) -> Builder {
+        self.storage_size = Some(size);
+        self
     }
 
     /// The MTU of every link, in bytes.
@@ -226,6 +240,9 @@ impl Builder {
             .stdin(Stdio::null());
         if let Some(directory) = &self.bin_dir {
             command.env("LIVEMIG_BIN_DIR", directory);
+        }
+        if let Some(size) = self.storage_size {
+            command.env("LIVEMIG_LAB_STORAGE_SIZE", size);
         }
         // From here on it is dropped, whatever happens.
         let node = |name: String, last: usize, bound: Duration| Node {
@@ -695,9 +712,48 @@ impl Process {
         }
     }
 
+    /// Waits until it stands still, by SIGSTOP. Panics when it ends before that.
+    #[track_caller]
+    pub fn stands_still(&self) -> impl Future<Output = ()> {
+        let caller = std::panic::Location::caller();
+        async move {
+            let started = Instant::now();
+            loop {
+                let ended = self.readers.iter().all(JoinHandle::is_finished);
+                if self.pid().is_some_and(|pid| state_of(pid) == Some('T')) {
+                    return;
+                }
+                assert!(
+                    !ended && started.elapsed() < self.bound,
+                    "at {caller}: `{}` does not stop\n{}\n{}",
+                    self.command,
+                    self.stdout(),
+                    self.stderr()
+                );
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+    }
+
+    /// Lets it go on after it has stood still.
+    pub fn go_on(&self) {
+        self.signal(rustix::process::Signal::CONT);
+        // The one that entered the host's PID namespace for it stops with it.
+        let outer = self.child.id().and_then(|pid| i32::try_from(pid).ok());
+        if let Some(outer) = outer.and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(outer, rustix::process::Signal::CONT);
+        }
+    }
+
     /// Waits for its end.
-    pub async fn finish(mut self) -> Output {
-        let status = tokio::time::timeout(self.bound, self.child.wait())
+    pub async fn finish(self) -> Output {
+        let bound = self.bound;
+        self.finish_within(bound).await
+    }
+
+    /// The same, for what may take longer than anything else.
+    pub async fn finish_within(mut self, bound: Duration) -> Output {
+        let status = tokio::time::timeout(bound, self.child.wait())
             .await
             .unwrap_or_else(|_| panic!("`{}` does not end\n{}", self.command, self.stderr()))
             .unwrap_or_else(|error| panic!("`{}`: {error}", self.command));
@@ -724,6 +780,12 @@ impl Process {
         self.signal(rustix::process::Signal::KILL);
         self.finish().await
     }
+}
+
+/// What a process does: the third field of proc_pid_stat(5).
+fn state_of(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// A running client of the workload program.
@@ -906,10 +968,18 @@ fn normal(section: &str, line: &str) -> Option<String> {
             let words: Vec<&str> = words.collect();
             Some(format!("{} {}", words.first()?, words.get(4)?))
         }
-        "mounts" | "cgroups" | "files" => Some(match line.split_once("/netns/netns-") {
-            Some((before, _)) => format!("{before}/netns/netns-*"),
-            None => line.to_owned(),
-        }),
+        "mounts" | "cgroups" | "files" => Some(
+            match (
+                line.split_once("/netns/netns-"),
+                line.split_once("/storage/overlay/"),
+            ) {
+                (Some((before, _)), _) => format!("{before}/netns/netns-*"),
+                (_, Some((before, layer))) if layer.ends_with("/merged") => {
+                    format!("{before}/storage/overlay/*/merged")
+                }
+                _ => line.to_owned(),
+            },
+        ),
         _ => Some(line.to_owned()),
     }
 }

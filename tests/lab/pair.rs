@@ -174,13 +174,26 @@ impl Pair {
 
     /// Starts `livemig migrate --json`, with more arguments if there are any.
     pub fn spawn_migration(&self, name: &str, from: usize, to: usize, more: &[&str]) -> Process {
+        self.spawn_migration_with(name, from, to, more, &[])
+    }
+
+    /// The same, with variables.
+    pub fn spawn_migration_with(
+        &self,
+        name: &str,
+        from: usize,
+        to: usize,
+        more: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Process {
         let destination = self.host(to).name();
         let mut command = vec!["livemig", "--json"];
         command.extend(self.verbose);
         command.extend(["migrate", name, "--to", destination]);
         command.extend(more);
-        let log = [("LIVEMIG_LOG", "livemig=debug")];
-        self.host(from).spawn_with(&command, &log)
+        let mut environment = vec![("LIVEMIG_LOG", "livemig=debug")];
+        environment.extend(variables);
+        self.host(from).spawn_with(&command, &environment)
     }
 
     /// Runs a migration that may fail.

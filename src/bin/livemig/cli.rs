@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
 use livemig::agent::Permission;
-use livemig::migration::{Engine, Phase, Privilege, WhenFull, WhenOver};
+use livemig::migration::{Engine, Keep, Phase, Privilege, WhenFull, WhenOver};
 
 /// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
 #[derive(Debug, Parser)]
@@ -137,6 +137,11 @@ pub enum Command {
         /// Without this, none that have any bind mount. Repeat it for each directory
         #[arg(long, value_name = "DIR")]
         allow_bind: Vec<PathBuf>,
+
+        /// How many migrations may be coming here at one time
+        #[arg(long, value_name = "N", default_value_t = 16,
+              value_parser = clap::value_parser!(u16).range(1..))]
+        incoming: u16,
     },
 
     /// Print a token with which one other host can join this one
@@ -258,6 +263,10 @@ pub enum Command {
         #[arg(long, value_name = "MS", default_value_t = livemig::migration::MAX_DOWNTIME.as_millis() as u64)]
         max_downtime: u64,
 
+        /// Copy memory no more often than this while the container runs; 0: not at all
+        #[arg(long, value_name = "N", default_value_t = livemig::migration::MOST_ROUNDS)]
+        rounds: usize,
+
         /// What to do when the downtime is going to be longer than that
         #[arg(long, value_name = "POLICY", default_value = "go-on")]
         when_over: OverPolicy,
@@ -317,7 +326,21 @@ pub enum Command {
     ///
     /// Reads the journal. A migration that was past its point of no return is finished; any other is
     /// undone, after the destination has given up its copy.
-    Recover,
+    ///
+    /// If the destination does not answer, it may run the container, and nothing is done to that: it stays
+    /// frozen here, its packets wait or are sent again by its peers, and the exit code is 7. See to it that
+    /// the destination answers, and run this again. If it never will, --keep decides.
+    Recover {
+        /// Which host is to have a container when the destination does not say whether it runs there
+        ///
+        /// Silence the other host first: cut its power, or its network. source: the container goes on
+        /// here, as it was when it was frozen; whatever the copy says through this host is dropped from
+        /// then on, but what it says elsewhere cannot be; the destination is told to give it up for five
+        /// seconds, and again whenever this is run, until it has (exit code 6 until then). destination:
+        /// the container here is removed; refused if the destination answers that it does not run it.
+        #[arg(long, value_name = "source|destination", hide_possible_values = true)]
+        keep: Option<Which>,
+    },
 
     /// Put livemig between Podman and its runtime, for the direct engine
     ///
@@ -364,6 +387,24 @@ impl From<EngineName> for Engine {
         match name {
             EngineName::Rest => Engine::Rest,
             EngineName::Direct => Engine::Direct,
+        }
+    }
+}
+
+/// One of the two hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Which {
+    /// The one that the container was to leave
+    Source,
+    /// The one that it was to go to
+    Destination,
+}
+
+impl From<Which> for Keep {
+    fn from(which: Which) -> Keep {
+        match which {
+            Which::Source => Keep::Source,
+            Which::Destination => Keep::Destination,
         }
     }
 }

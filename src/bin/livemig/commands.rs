@@ -10,7 +10,7 @@ use livemig::agent::{
     Server, Sessions, Token, Trust,
 };
 use livemig::conntrack::{Counting, Direction};
-use livemig::migration::{self, Event, Hopless, Observer, Phase, Policy};
+use livemig::migration::{self, Event, Hopless, Keep, Observer, Phase, Policy};
 use livemig::{Config, Error, Request};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -30,12 +30,17 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             listen,
             allow,
             allow_bind,
+            incoming,
         } => {
-            let arrivals = Policy {
-                allowed: allow.into_iter().collect(),
-                binds: allow_bind,
+            let config = Config {
+                arrivals: Policy {
+                    allowed: allow.into_iter().collect(),
+                    binds: allow_bind,
+                },
+                incoming: incoming.into(),
+                ..config
             };
-            agent(Config { arrivals, ..config }, listen).await
+            agent(config, listen).await
         }
         Command::Invite { address, valid } => invite(&config, address, valid, json),
         Command::Join {
@@ -56,6 +61,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
             hold_mib,
             engine,
             max_downtime,
+            rounds,
             when_over,
             post_copy,
             rehearse,
@@ -75,6 +81,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
                 .post_copy(post_copy)
                 .max_downtime(Duration::from_millis(max_downtime))
                 .when_over(when_over.into())
+                .most_rounds(rounds)
                 .rehearse(rehearse);
             migrate(request, report.as_deref(), json).await
         }
@@ -89,7 +96,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Flows {
             container, watch, ..
         } => flows(&config, container.as_deref(), watch, json).await,
-        Command::Recover => recover(&config, json).await,
+        Command::Recover { keep } => recover(&config, keep.map(Into::into), json).await,
         Command::Setup { remove } => setup(&config, remove, json),
         Command::Completions { shell } => {
             clap_complete::generate(
@@ -426,7 +433,11 @@ async fn migrate(
         ) {
             priority::step_forward();
         }
+        #[cfg(debug_assertions)]
+        let moment = event.clone();
         progress.observe(event);
+        #[cfg(debug_assertions)]
+        crate::standstill::at(&moment);
     };
     let outcome = migration::migrate(&request, &mut observer).await;
     drop(progress);
@@ -669,13 +680,13 @@ fn flows_table(flows: &[livemig::overview::ListedFlow]) -> Table {
     table
 }
 
-async fn recover(config: &Config, json: bool) -> Result<ExitCode, Error> {
+async fn recover(config: &Config, keep: Option<Keep>, json: bool) -> Result<ExitCode, Error> {
     let mut tell = |event: Event| {
         if !json {
             Progress::new(false).observe(event);
         }
     };
-    let recovered = migration::recover(config, &mut tell).await?;
+    let recovered = migration::recover(config, keep, &mut tell).await?;
     let clean = recovered
         .iter()
         .all(|migration| migration.leftovers.is_empty());

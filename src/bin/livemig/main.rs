@@ -5,6 +5,8 @@ mod commands;
 mod exit;
 mod priority;
 mod progress;
+#[cfg(debug_assertions)]
+mod standstill;
 mod table;
 mod verdict;
 

@@ -43,6 +43,9 @@ impl Area {
             | Code::NetworkLockMisplaced
             | Code::NetworkLockUnavailable
             | Code::KernelOlderAtDestination
+            | Code::EngineUnavailable
+            | Code::PostCopyUnavailable
+            | Code::MemoryDoesNotFit
             | Code::Rootless => Area::Hosts,
             Code::NoImage | Code::ImageNameTaken => Area::Image,
             Code::StorageDriver
@@ -82,7 +85,10 @@ impl Area {
         let container = &preflight.container;
         let networks = &preflight.assessment.networks_to_make;
         match self {
-            Area::Hosts => "CRIU, kernel, runtime and processor fit".to_owned(),
+            Area::Hosts => format!(
+                "CRIU, kernel, runtime and processor fit; engine: {}",
+                preflight.engine
+            ),
             Area::Container => {
                 "it can be taken apart from its host; its name and ID are free".to_owned()
             }

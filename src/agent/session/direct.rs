@@ -1,0 +1,144 @@
+//! What comes ahead of a container with the direct engine, part by part: its memory, the shell that it will
+//! run in, its files.
+
+use std::path::PathBuf;
+
+use futures::{StreamExt, TryStreamExt};
+use hyper::Response;
+use tokio_util::io::{ReaderStream, StreamReader};
+
+use super::super::memory::Memory;
+use super::super::protocol::{MigrationId, Nothing, Stage};
+use super::super::shell::Shell;
+use super::super::{Body, ReplyBody, reply};
+use super::{CONTAINER, Session, Sessions, restored};
+use crate::Error;
+use crate::bundle::{self, Compression};
+use crate::criu::pages::Layout;
+use crate::migration::Effect;
+use crate::podman;
+use crate::runtime::{Rendezvous, Verb, setup};
+
+/// Whether a request of this path brings a part of a container.
+pub(super) fn is_part(path: &[&str]) -> bool {
+    matches!(
+        path,
+        ["shell" | "files" | "standby" | "pages"] | ["rounds", _]
+    )
+}
+
+/// Memory that is fetched when the container runs: what a request brings goes to CRIU, and what that wants
+/// is the answer.
+pub(super) fn fetched(session: &mut Session, body: Body) -> Result<Response<ReplyBody>, Error> {
+    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    let (wanted, mut pages) = shell.source()?.into_split();
+    tokio::spawn(async move {
+        let mut body = StreamReader::new(body.map_err(std::io::Error::other));
+        if let Err(error) = tokio::io::copy(&mut body, &mut pages).await {
+            tracing::warn!(%error, "memory does not come any more");
+        }
+    });
+    Ok(reply::stream(ReaderStream::new(wanted)))
+}
+
+impl Sessions {
+    /// Takes a part of a container that still runs at its source, or stands frozen there.
+    pub(super) async fn take(
+        &self,
+        id: &MigrationId,
+        session: &mut Session,
+        part: &[&str],
+        body: Body,
+    ) -> Result<Nothing, Error> {
+        if session.stage != Stage::Prepared {
+            return Err(Error::OutOfOrder("preparation"));
+        }
+        let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
+        let content = content.boxed();
+        match part {
+            ["rounds", number] => {
+                let number = number.parse().map_err(|_| Error::OutOfOrder("number"))?;
+                let memory = self.memory(id, session)?;
+                memory.take_round(number, content).await?;
+            }
+            ["shell"] => self.make_shell(id, session, content).await?,
+            ["files"] => {
+                let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
+                shell.bring_in(content, session.volumes.clone()).await?;
+            }
+            ["standby"] => {
+                let memory = self.memory(id, session)?;
+                let rest = memory.take_images(content).await?;
+                // To its end, where it is known that all is as it was sent.
+                rest.try_for_each(|_| std::future::ready(Ok(()))).await?;
+                memory.no_more_rounds()?;
+                let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+                shell.stand_by(&self.config).await?;
+            }
+            _ => self.memory(id, session)?.take_pages(content).await?,
+        }
+        Ok(Nothing {})
+    }
+
+    /// Where the memory of a container is kept that is coming.
+    fn memory<'a>(
+        &self,
+        id: &MigrationId,
+        session: &'a mut Session,
+    ) -> Result<&'a mut Memory, Error> {
+        if session.memory.is_none() {
+            let criu = session.offer.features.criu.as_ref();
+            let layout = Layout::of(criu.ok_or(Error::OutOfOrder("CRIU"))?.version);
+            let directory = self.config.memory_dir.join(format!("livemig-{id}"));
+            session.journal.will([Effect::Staging {
+                directory: directory.clone(),
+            }])?;
+            session.memory = Some(Memory::begin(directory, layout)?);
+        }
+        session.memory.as_mut().ok_or(Error::OutOfOrder("memory"))
+    }
+
+    /// Has Podman make the container, all but its processes.
+    async fn make_shell(
+        &self,
+        id: &MigrationId,
+        session: &mut Session,
+        archive: futures::stream::BoxStream<'static, bundle::Result<bytes::Bytes>>,
+    ) -> Result<(), Error> {
+        if session.shell.is_some() {
+            return Err(Error::OutOfOrder("preparation"));
+        }
+        self.memory(id, session)?;
+        let container = session.offer.container.clone();
+        session.journal.will([restored(&container)])?;
+        let waiting = setup::waiting(&self.config);
+        let rendezvous = Rendezvous::open(&waiting, Verb::Restore, &container.id)?;
+        let (archive, verdict) = self.judged(session, archive)?;
+        let within = self.config.shell_timeout;
+        let memory = session.memory.as_ref().ok_or(Error::OutOfOrder("memory"))?;
+        let made = Shell::make(
+            &self.podman,
+            archive,
+            &rendezvous,
+            memory,
+            session.post_copy,
+            within,
+        );
+        match (made.await, verdict.reason()) {
+            (Ok(shell), _) => session.shell = Some(shell),
+            // Podman has not had all of it, and so has made nothing of it.
+            (Err(_), Some(what)) => return Err(bundle::Error::Forbidden { what }.into()),
+            (Err(error), None) => {
+                session.unsure = !matches!(error, Error::Podman(podman::Error::Refused { .. }));
+                return Err(error);
+            }
+        }
+        for name in container.volumes() {
+            let volume = self.podman.volume(name).await?;
+            let volume = volume.ok_or(Error::OutOfOrder("volume"))?;
+            let place: PathBuf = volume.mount_point;
+            session.volumes.insert(name.to_owned(), place);
+        }
+        Ok(())
+    }
+}
