@@ -251,6 +251,18 @@ pub enum Class {
 }
 
 impl Error {
+    /// Whether Podman was asked for something and has not said what came of it.
+    pub(crate) fn is_podmans_silence(&self) -> bool {
+        match self {
+            Error::Podman(error) => !matches!(
+                error,
+                podman::Error::Refused { .. } | podman::Error::NotFound { .. }
+            ),
+            Error::Dump { source, .. } => source.is_podmans_silence(),
+            _ => false,
+        }
+    }
+
     /// What this means for the container and for whoever called.
     pub fn class(&self) -> Class {
         match self {

@@ -79,3 +79,148 @@ async fn memory_arrives_after_the_move_under_runc() {
 async fn memory_arrives_after_the_move_under_crun() {
     memory_arrives("crun", &["--post-copy"]).await;
 }
+
+/// A program that appends a number to three files, one after the other, as fast as it can: whatever of them
+/// did not cross is a gap.
+#[tokio::test]
+async fn what_is_written_until_it_is_frozen_arrives() {
+    const LOOP: &str = "i=0; while :; do i=$((i+1)); echo $i >>/data/log; echo $i >>/dev/shm/log; \
+                        echo $i >>/volume/log; sleep 0.001; done";
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let (h1, h2) = (pair.host(1), pair.host(2));
+    let run = ["podman", "run", "-d", "--name", "web", "-v", "kept:/volume"];
+    let program = ["--entrypoint", "/bin/sh", lab::IMAGE, "-c", LOOP];
+    h1.exec(&[&run[..], &program].concat()).await;
+    h1.sh("until podman exec web grep -q 200 /data/log; do sleep 0.05; done")
+        .await;
+    let report = pair.migrate("web", 1, 2).await;
+    assert_eq!(report["engine"], "direct", "{report}");
+    h2.exec(&["podman", "stop", "-t", "0", "web"]).await;
+    h2.exec(&["podman", "start", "web"]).await;
+    for file in ["/data/log", "/volume/log"] {
+        let log = h2.exec(&["podman", "exec", "web", "cat", file]).await;
+        let numbers = log
+            .text()
+            .lines()
+            .filter_map(|line| line.parse::<u64>().ok());
+        // It counts from 1 again when it is started anew.
+        let numbers: Vec<u64> = numbers.collect();
+        let whole = numbers
+            .windows(2)
+            .all(|two| two[1] == two[0] + 1 || two[1] == 1);
+        assert!(whole && numbers.len() > 200, "{file}: {log}");
+    }
+    pair.down().await;
+}
+
+/// Podman goes on as before; what runs already can be moved; and nothing is left in the end.
+#[tokio::test]
+async fn the_set_up_comes_and_goes() {
+    let pair = Pair::of(Lab::builder(2)).await;
+    let (h1, h2, c1) = (pair.host(1), pair.host(2), pair.client(1));
+    let before = h1.sh("find /etc/containers /var/lib/livemig | sort").await;
+    h1.run_workload("old", &["-p", "7000:7000"], &["echo", "7000"])
+        .await;
+    for host in [h1, h2] {
+        let first = host.exec(&["livemig", "setup"]).await;
+        assert!(first.text().contains("restart"), "{first}");
+        let second = host.exec(&["livemig", "setup"]).await;
+        assert!(second.text().contains("already"), "{second}");
+        // Not before Podman's service has read it.
+        let refused = pair.try_migrate("old", 1, 2, &["--engine", "direct"]).await;
+        assert_eq!(refused.status.code(), Some(3), "{refused}");
+        assert!(
+            refused.to_string().contains("engine-unavailable"),
+            "{refused}"
+        );
+        host.podman_service("restart").await;
+    }
+
+    // Podman by itself: nobody waits for these calls.
+    h1.run_workload("new", &[], &["echo", "7001"]).await;
+    let said = h1
+        .exec(&["podman", "exec", "new", "/bin/sh", "-c", "echo here"])
+        .await;
+    assert_eq!(said.text(), "here");
+    h1.exec(&["podman", "container", "checkpoint", "new"]).await;
+    h1.exec(&["podman", "container", "restore", "new"]).await;
+    assert_eq!(h1.container_state("new").await.as_deref(), Some("running"));
+    h1.exec(&["podman", "rm", "-f", "-t", "0", "new"]).await;
+    let info = ["podman", "info", "--format", "{{.Host.OCIRuntime.Name}}"];
+    assert_eq!(h1.exec(&info).await.text(), "runc");
+
+    // What was started before.
+    let client = c1.spawn(&["client-echo", &h1.ip(), "7000"]).await;
+    let report = pair.migrate("old", 1, 2).await;
+    assert_eq!(report["engine"], "direct", "{report}");
+    assert_went_on(&client.stop().await, 1);
+
+    // Away again, while a container runs that was restored by it.
+    for host in [h1, h2] {
+        host.exec(&["livemig", "setup", "--remove"]).await;
+        let second = host.exec(&["livemig", "setup", "--remove"]).await;
+        assert!(second.text().contains("nothing"), "{second}");
+        host.podman_service("restart").await;
+    }
+    let said = h2
+        .exec(&["podman", "exec", "old", "/bin/sh", "-c", "echo here"])
+        .await;
+    assert_eq!(said.text(), "here");
+    h2.exec(&["podman", "rm", "-f", "-t", "0", "old"]).await;
+    let after = h1.sh("find /etc/containers /var/lib/livemig | sort").await;
+    let made: Vec<&str> = after
+        .text()
+        .lines()
+        .filter(|line| !before.text().lines().any(|old| old == *line))
+        // Where drop-ins go is Podman's, and stays.
+        .filter(|line| !line.ends_with("containers.conf.d") && !line.contains("journal"))
+        .collect();
+    assert_eq!(made, [""; 0], "{after}");
+
+    // Somebody else's file of that name stays as it is.
+    h1.sh("echo '# mine' >/etc/containers/containers.conf.d/90-livemig.conf")
+        .await;
+    for command in [&["livemig", "setup"][..], &["livemig", "setup", "--remove"]] {
+        let refused = h1.try_exec(command).await;
+        assert!(!refused.status.success(), "{refused}");
+        assert!(refused.to_string().contains("90-livemig.conf"), "{refused}");
+    }
+    pair.down().await;
+}
+
+/// Whatever phase it is undone in, the container goes on at the source, and nothing is left on either host.
+#[tokio::test]
+async fn a_rehearsal_leaves_nothing() {
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let (h1, h2, c1) = (pair.host(1), pair.host(2), pair.client(1));
+    h1.run_workload("web", &["-p", "7000:7000"], &["touch", "16", "10", "7000"])
+        .await;
+    // The other host gets Podman's network and its rules by the first container.
+    pair.settled(2, &["-p", "7000:7000"]).await;
+    let client = c1.spawn(&["client-echo", &h1.ip(), "7000"]).await;
+    let before = [h1.census().await, h2.census().await];
+    for more in [&[][..], &["--post-copy"]] {
+        for phase in [
+            "prepare", "precopy", "hold", "freeze", "transfer", "restore",
+        ] {
+            let command = [&["--engine", "direct", "--rehearse", phase], more].concat();
+            let output = pair.try_migrate("web", 1, 2, &command).await;
+            assert_eq!(
+                output.status.code(),
+                Some(130),
+                "{phase} {more:?}: {output}"
+            );
+            for (host, before) in [h1, h2].into_iter().zip(&before) {
+                host.assert_as_before(before).await;
+            }
+        }
+    }
+    let memory = c1.ask(h1.address(), 7000, "memory").await;
+    assert_eq!(
+        (&memory["wrong"], &memory["stale"]),
+        (&0.into(), &0.into()),
+        "{memory}"
+    );
+    assert_went_on(&client.stop().await, 1);
+    pair.down().await;
+}

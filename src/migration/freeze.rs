@@ -70,6 +70,9 @@ pub(super) async fn freeze(migration: &mut Migration<'_>) -> Result<()> {
                 async { Ok::<_, Error>(DeltaFile::make(layers(container)?, staging).await?) };
             let checkpoint = checkpoint(&migration.hands.podman, container);
             let (checkpoint, changed, flows) = futures::join!(checkpoint, changed, mark);
+            // If Podman has died, its runtime goes on.
+            migration.hands.unsure |=
+                matches!(&checkpoint, Err(error) if error.is_podmans_silence());
             let frozen = checkpoint.and_then(|checkpoint| {
                 let changed = changed?;
                 Ok(Frozen::Rest {

@@ -35,8 +35,8 @@ pub(crate) struct Hands {
     pub holds: Vec<Hold>,
     /// The network namespace of the container whose packets are held.
     pub namespace: Option<Namespace>,
-    /// Whether Podman may still be at work on what was asked of it: whoever asked has died, or gave
-    /// up waiting.
+    /// Whether Podman, or its runtime, may still be at work on what was asked of it: whoever asked has
+    /// died, or gave up waiting, or Podman has died.
     pub unsure: bool,
     /// Whether the container is this host's though the destination does not say that it has given up
     /// its copy: the operator has said so.
@@ -68,9 +68,11 @@ pub(crate) async fn unwind(
     observer: &mut dyn Observer,
 ) -> Result<Vec<Leftover>, String> {
     let mut leftovers = Vec::new();
-    for effect in journal.effects() {
-        if let Effect::Forget { container, .. } = effect {
-            hands.checkpoint_ended(container).await;
+    if hands.unsure {
+        for effect in journal.effects() {
+            if let Effect::Forget { container, .. } = effect {
+                hands.checkpoint_ended(container).await;
+            }
         }
     }
     let done = journal.effects().iter().rev();
@@ -129,9 +131,7 @@ impl Hands {
         let longest = self.config.checkpoint_timeout;
         let began = Instant::now();
         // Podman locks a container while it works on it, and whoever looks waits.
-        while self.unsure
-            && let Err(podman::Error::Timeout { .. }) =
-                self.podman.inspect(container.as_str()).await
+        while let Err(podman::Error::Timeout { .. }) = self.podman.inspect(container.as_str()).await
             && began.elapsed() < longest
         {}
         while remains::checkpoint_under_way(container) && began.elapsed() < longest {

@@ -16,6 +16,8 @@ const LONGEST: Duration = Duration::from_secs(400);
 pub enum Fault {
     /// `livemig migrate` is killed.
     SourceKilled,
+    /// It is, and so is `livemig recover`, again and again, later each time.
+    RecoveryKilled,
     /// The destination's agent is killed, and started again.
     AgentKilled,
     /// Both are.
@@ -46,8 +48,9 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 15] = [
+    pub const ALL: [Fault; 16] = [
         Fault::SourceKilled,
+        Fault::RecoveryKilled,
         Fault::AgentKilled,
         Fault::BothKilled,
         Fault::SourcePodmanKilled,
@@ -68,6 +71,7 @@ impl Fault {
     pub fn name(self) -> &'static str {
         match self {
             Fault::SourceKilled => "source-killed",
+            Fault::RecoveryKilled => "recovery-killed",
             Fault::AgentKilled => "agent-killed",
             Fault::BothKilled => "both-killed",
             Fault::SourcePodmanKilled => "source-podman-killed",
@@ -122,6 +126,16 @@ impl Fault {
             Fault::SourceKilled => {
                 let killed = kill(migration).await;
                 way_on.open(None).await;
+                killed
+            }
+            Fault::RecoveryKilled => {
+                let killed = kill(migration).await;
+                way_on.open(None).await;
+                for after in [20, 60, 120, 250] {
+                    let recovery = source.spawn_command(&["livemig", "recover"]);
+                    tokio::time::sleep(Duration::from_millis(after)).await;
+                    recovery.kill().await;
+                }
                 killed
             }
             Fault::BothKilled => {
