@@ -164,6 +164,8 @@ impl Sessions {
             match self.podman.inspect(container.as_str()).await {
                 Ok(container) => return Ok(Some(container)),
                 Err(error) if error.is_not_found() => {}
+                // Podman has its name and no more, as after a removal that has failed half-way.
+                Err(podman::Error::Refused { .. }) if !podman::remains::runs(container) => {}
                 Err(error) => return Err(error.into()),
             }
         }
