@@ -132,3 +132,84 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
         Ok(piece)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::TryStreamExt;
+    use tokio::io::DuplexStream;
+
+    use super::super::tests::command;
+    use super::*;
+
+    const LAYOUT: Layout = Layout::Narrow;
+    const OPEN: u32 = 4;
+    const HAS_PARENT: u32 = 5;
+
+    /// What CRIU is told when it says this of the process with this number.
+    async fn told(criu: &mut DuplexStream, word: u32, process: u64, answer: &mut [u8]) {
+        let memory = process << 8 | 1;
+        criu.write_all(&command(LAYOUT, word, 0, 0, memory))
+            .await
+            .unwrap();
+        criu.read_exact(answer).await.unwrap();
+    }
+
+    /// A round with one page of each of these processes. Returns of which CRIU was told that there is an
+    /// earlier round of them.
+    async fn round(lists: Lists, processes: &[u64]) -> Vec<u64> {
+        let (mut criu, ours) = tokio::io::duplex(64 << 10);
+        let relayed = pages(ours, LAYOUT, lists).try_collect::<Vec<Bytes>>();
+        let speaks = async {
+            let mut with_parent = Vec::new();
+            for process in processes {
+                let (mut asked, mut opened) = ([0; 4], [0; 1]);
+                told(&mut criu, HAS_PARENT, *process, &mut asked).await;
+                told(&mut criu, OPEN, *process, &mut opened).await;
+                assert_eq!(u32::from_ne_bytes(asked), u32::from(opened[0]));
+                if opened == [1] {
+                    with_parent.push(*process);
+                }
+                let present = 6 | 4 << 16;
+                criu.write_all(&command(LAYOUT, present, 1, 0x1000, process << 8 | 1))
+                    .await
+                    .unwrap();
+                criu.write_all(&vec![7; super::super::page_size() as usize])
+                    .await
+                    .unwrap();
+            }
+            let mut end = [1; 4];
+            told(&mut criu, 0x1024, 0, &mut end).await;
+            assert_eq!(end, [0; 4]);
+            with_parent
+        };
+        let (relayed, with_parent) = futures::join!(relayed, speaks);
+        relayed.unwrap();
+        with_parent
+    }
+
+    #[tokio::test]
+    async fn a_process_that_has_begun_since_has_no_earlier_round() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |number: u32| {
+            let path = directory.path().join(number.to_string());
+            std::fs::create_dir(&path).unwrap();
+            path
+        };
+        let (first, second) = (at(1), at(2));
+        let lists = |before: Option<&PathBuf>, leave: Option<&PathBuf>| Lists {
+            before: before.cloned(),
+            leave: leave.cloned(),
+        };
+        assert!(round(lists(None, Some(&first)), &[1, 2]).await.is_empty());
+        // The second one has ended, the third has begun.
+        let parents = round(lists(Some(&first), Some(&second)), &[1, 3]).await;
+        assert_eq!(parents, [1]);
+        // Only the round before counts: the images of each lead to those of the one before it.
+        let parents = round(lists(Some(&second), None), &[1, 2, 3]).await;
+        assert_eq!(parents, [1, 3]);
+        // A CRIU that looks into the lists itself finds files of pages too, without the pages.
+        let pages = std::fs::metadata(second.join("pages-65536.img")).unwrap();
+        assert_eq!(pages.len(), 0);
+        assert!(second.join("pagemap-3.img").is_file());
+    }
+}
