@@ -97,6 +97,22 @@ pub mod reply {
         Response::new(StreamBody::new(frames).boxed_unsync())
     }
 
+    /// The same for a request whose body goes on while it is answered. Nothing else can be asked on the
+    /// connection: what comes on it is the body, and no head that has to be there in time.
+    pub fn exchange<S, E>(stream: S) -> Response<ReplyBody>
+    where
+        S: Stream<Item = Result<Bytes, E>> + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+    {
+        let mut response = self::stream(stream);
+        response.extensions_mut().insert(GoesOn);
+        response
+    }
+
+    /// The mark of an answer to a request that goes on.
+    #[derive(Debug, Clone, Copy)]
+    pub(super) struct GoesOn;
+
     pub(super) fn with_status<T: Serialize + ?Sized>(status: StatusCode, value: &T) -> Reply {
         let content = serde_json::to_vec(value).map_err(|error| {
             tracing::error!(%error, "an answer cannot be written as JSON");
@@ -602,7 +618,8 @@ impl Visit {
     }
 
     async fn answer(self, request: Request<Incoming>) -> Result<Response<ReplyBody>, Infallible> {
-        let in_work = self.head.begin();
+        let head = self.head.clone();
+        head.begin();
         let path = request.uri().path().to_owned();
         let remote = self.remote;
         let reply = match self.route(request).await {
@@ -621,7 +638,9 @@ impl Visit {
         response
             .headers_mut()
             .insert(PROTOCOL_HEADER, HeaderValue::from(PROTOCOL));
-        drop(in_work);
+        if response.extensions().get::<reply::GoesOn>().is_none() {
+            head.end();
+        }
         Ok(response)
     }
 
@@ -631,15 +650,12 @@ impl Visit {
             return Err(busy);
         }
         let Visit {
-            shared,
-            handler,
-            head: state,
-            ..
+            shared, handler, ..
         } = self;
         // Looked up anew for each request: what was taken from a peer is gone at once.
         let peer = shared.trust.peers.by_fingerprint(self.fingerprint)?;
         let (head, body) = request.into_parts();
-        let body = Body::of_request(body, &shared.limits, state.begin());
+        let body = Body::new(body, &shared.limits);
         match (&head.method, head.uri.path()) {
             (&Method::GET, "/v1/hello") => {
                 return reply::json(&Hello {

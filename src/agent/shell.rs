@@ -325,7 +325,7 @@ impl Shell {
         Err(runtime::Error::Failed {
             program: "criu lazy-pages".to_owned(),
             status: status.to_string(),
-            said: format!("see {}", self.work.join("lazy-pages.log").display()),
+            said: failure_log(&self.work, FailureLog::LazyPages).unwrap_or_default(),
         }
         .into())
     }

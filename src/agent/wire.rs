@@ -5,7 +5,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -189,30 +189,24 @@ impl AsyncWrite for Wire {
 
 /// Where an agent's connection stands between the heads of two requests.
 #[derive(Debug, Default)]
-pub(super) struct HeadState {
-    /// How many parts of requests are in work.
-    in_work: AtomicUsize,
-    /// Some of the next head has come.
-    begun: AtomicBool,
-}
+pub(super) struct HeadState(AtomicU8);
 
 impl HeadState {
-    /// The head is complete. What comes now is no head until all that holds a part of this is gone: the
-    /// answer may be under way long before the last of the request has come.
-    pub(super) fn begin(self: &Arc<HeadState>) -> InWork {
-        self.begun.store(false, Ordering::Relaxed);
-        self.in_work.fetch_add(1, Ordering::Relaxed);
-        InWork(self.clone())
+    /// Nothing of the next request has come.
+    const IDLE: u8 = 0;
+    /// Some of the next head has come.
+    const HEAD: u8 = 1;
+    /// A request is in work.
+    const BUSY: u8 = 2;
+
+    /// The head is complete.
+    pub(super) fn begin(&self) {
+        self.0.store(HeadState::BUSY, Ordering::Relaxed);
     }
-}
 
-/// A part of a request that is in work.
-#[derive(Debug)]
-pub(super) struct InWork(Arc<HeadState>);
-
-impl Drop for InWork {
-    fn drop(&mut self) {
-        self.0.in_work.fetch_sub(1, Ordering::Relaxed);
+    /// The answer was given.
+    pub(super) fn end(&self) {
+        self.0.store(HeadState::IDLE, Ordering::Relaxed);
     }
 }
 
@@ -248,17 +242,18 @@ impl<S: AsyncRead + Unpin> AsyncRead for Heads<S> {
         let this = self.get_mut();
         let before = into.filled().len();
         let result = Pin::new(&mut this.inner).poll_read(cx, into);
-        let HeadState { in_work, begun } = &*this.state;
-        if !begun.load(Ordering::Relaxed) {
+        let state = this.state.0.load(Ordering::Relaxed);
+        if state != HeadState::HEAD {
             // Of the head before, if at all.
             this.timer = None;
-            if in_work.load(Ordering::Relaxed) > 0 {
-                return result;
-            }
-            if into.filled().len() > before {
-                begun.store(true, Ordering::Relaxed);
-                this.timer = Some(Box::pin(tokio::time::sleep(this.limit)));
-            }
+        }
+        if state == HeadState::BUSY {
+            return result;
+        }
+        if state == HeadState::IDLE && into.filled().len() > before {
+            this.state.0.store(HeadState::HEAD, Ordering::Relaxed);
+            let limit = this.limit;
+            this.timer = Some(Box::pin(tokio::time::sleep(limit)));
         }
         if let Some(timer) = &mut this.timer
             && timer.as_mut().poll(cx).is_ready()
@@ -316,28 +311,17 @@ pub struct Body {
     waiting: bool,
     json: usize,
     json_time: Duration,
-    /// Until its end.
-    in_work: Option<InWork>,
 }
 
 impl Body {
     pub(super) fn new(inner: Incoming, limits: &Limits) -> Body {
         Body {
             inner,
-            in_work: None,
             stall: limits.stall,
             timer: Box::pin(tokio::time::sleep(limits.stall)),
             waiting: false,
             json: limits.json,
             json_time: limits.json_time,
-        }
-    }
-
-    /// The body of a request, which is in work until the body has ended.
-    pub(super) fn of_request(inner: Incoming, limits: &Limits, in_work: InWork) -> Body {
-        Body {
-            in_work: Some(in_work),
-            ..Body::new(inner, limits)
         }
     }
 
@@ -408,10 +392,7 @@ impl Stream for Body {
                 Poll::Ready(frame) => {
                     this.waiting = false;
                     return Poll::Ready(match frame {
-                        None => {
-                            this.in_work = None;
-                            None
-                        }
+                        None => None,
                         Some(Ok(frame)) => match frame.into_data() {
                             Ok(data) => Some(Ok(data)),
                             // Trailers say nothing in this protocol.

@@ -77,10 +77,12 @@ async fn serve_memory(migration: &mut Migration<'_>) -> Result<()> {
     let Some(serving) = shell.and_then(|shell| shell.serving.take()) else {
         return Ok(());
     };
-    migration.bytes_sent += serving.ended().await?;
+    let served = serving.ended().await;
+    // If it was not served well, the destination may know why.
     let path = format!("/v1/migrations/{}/fetched", migration.id);
     let told = migration.connection.call(Method::POST, &path, &Nothing {});
     let Nothing {} = told.await.map_err(Error::of_host(&migration.request.to))?;
+    migration.bytes_sent += served?;
     Ok(())
 }
 

@@ -38,7 +38,7 @@ pub(super) fn fetched(session: &mut Session, body: Body) -> Result<Response<Repl
             tracing::warn!(%error, "memory does not come any more");
         }
     });
-    Ok(reply::stream(ReaderStream::new(wanted)))
+    Ok(reply::exchange(ReaderStream::new(wanted)))
 }
 
 /// Says when all of the memory has been fetched.
