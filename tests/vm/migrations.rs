@@ -33,7 +33,6 @@ const BOUND: Duration = Duration::from_secs(25 * 60);
 const WHILE: Duration = Duration::from_secs(3);
 
 /// A way to migrate, and what it wants to be told.
-#[derive(PartialEq)]
 struct Engine {
     name: &'static str,
     options: &'static [&'static str],
