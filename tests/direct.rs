@@ -198,13 +198,18 @@ async fn a_rehearsal_leaves_nothing() {
     // The other host gets Podman's network and its rules by the first container.
     pair.settled(2, &["-p", "7000:7000"]).await;
     let client = c1.spawn(&["client-echo", &h1.ip(), "7000"]).await;
+    // Directories and locks that the first one makes stay.
+    pair.try_migrate("web", 1, 2, &["--rehearse", "restore"])
+        .await;
     let before = [h1.census().await, h2.census().await];
     for more in [&[][..], &["--post-copy"]] {
         for phase in [
             "prepare", "precopy", "hold", "freeze", "transfer", "restore",
         ] {
             let command = [&["--engine", "direct", "--rehearse", phase], more].concat();
+            let began = std::time::Instant::now();
             let output = pair.try_migrate("web", 1, 2, &command).await;
+            println!("{phase} {more:?}: {:?}", began.elapsed());
             assert_eq!(output.status.code(), Some(0), "{phase} {more:?}: {output}");
             for (host, before) in [h1, h2].into_iter().zip(&before) {
                 host.assert_as_before(before).await;
