@@ -10,6 +10,7 @@ CLIENTS ?= 1
 HOST ?= h1
 CMD ?= podman ps --all
 RUNS ?= 15
+SECONDS ?= 60
 LAB := tests/lab/lab
 
 # Warnings are errors here and in CI, not while one works.
@@ -60,6 +61,21 @@ test-faults: prepare ## every fault at every moment of a migration (LIVEMIG_FAUL
 test-soak: prepare ## a container moves to and fro under load, with faults drawn by lot (RUNS=40)
 	LIVEMIG_SOAK_RUNS=$(if $(filter command,$(firstword $(origin RUNS))),$(RUNS),40) \
 		cargo test --test faults -- --soak
+
+# The readers of bytes from outside (src/fuzzing). `make test` gives each some thousand inputs; this looks
+# for those that lead where none has led before.
+TARGETS ?= $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+
+.PHONY: fuzz
+fuzz: ## look for input that a reader does not survive (SECONDS=60 for each, TARGETS='files vetted')
+	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	command -v c++ >/dev/null || { apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends g++; }
+	fuzz/run $(SECONDS) $(TARGETS)
+
+.PHONY: fuzz-corpus
+fuzz-corpus: ## write the inputs to begin with anew, after a format has changed
+	cargo test --lib fuzzing::tests::writes_the_corpus -- --ignored
 
 .PHONY: demo
 demo: prepare ## watch a container move while a client talks to it (root)
@@ -118,14 +134,30 @@ bench-iperf: prepare ## iperf3 in a container that moves twice: by second, as JS
 bench-flows: prepare ## what 100, 1,000 and 10,000 connections of a container cost
 	cargo bench --bench flows
 
+# Installing cargo-deny takes some two minutes on two processors, once.
+ADVISORIES := https://github.com/RustSec/advisory-db
+
+.PHONY: deny
+deny: ## what the dependencies may be: licences, sources, bans, known faults (deny.toml)
+	cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	cargo deny check licenses sources bans
+	@if GIT_TERMINAL_PROMPT=0 timeout 60 git ls-remote $(ADVISORIES) HEAD >/dev/null 2>&1; then \
+		cargo deny check advisories; \
+	else \
+		echo 'NOT CHECKED: known faults of the dependencies. Their list is a git repository that cannot be'; \
+		echo '  reached from here: $(ADVISORIES)'; \
+	fi
+
 .PHONY: lint
-lint: ## formatting, clippy, documentation: no warnings
+lint: deny ## formatting, clippy, documentation, dependencies: no warnings
 	cargo fmt --version >/dev/null 2>&1 || rustup component add rustfmt
 	cargo clippy --version >/dev/null 2>&1 || rustup component add clippy
 	cargo fmt --check
 	rustfmt --edition 2024 --check tests/lab/workload.rs
 	bash -n $(LAB)
 	bash -n tests/vm/vm
+	bash -n fuzz/run
+	rustfmt --edition 2024 --check fuzz/fuzz_targets/*.rs
 	cargo clippy --all-targets -- $(DENY)
 	cargo clippy --no-default-features -- $(DENY)
 	RUSTDOCFLAGS="$(DENY)" cargo doc --no-deps --document-private-items

@@ -42,6 +42,8 @@ mod config;
 pub mod conntrack;
 pub mod criu;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod migration;
 pub mod netlink;
 pub mod overview;

@@ -13,6 +13,11 @@ async fn livemig(host: &Node, arguments: &str) -> Output {
 
 /// Replaces numbers with a fraction, identifiers and fingerprints, and joins the blanks that their
 /// width made.
+/// The engine that hosts of tests are set up for.
+fn engine() -> String {
+    std::env::var("LIVEMIG_TEST_ENGINE").unwrap_or("rest".to_owned())
+}
+
 fn masked(text: &str) -> String {
     let word = |word: &str| -> String {
         let bare = word.trim_end_matches([',', ';']);
@@ -68,15 +73,18 @@ async fn looking_and_moving() {
     assert_eq!(output.status.code(), Some(0), "{output}");
     assert_eq!(
         output.stdout,
-        "    CHECKED      RESULT
-ok  hosts        CRIU, kernel, runtime and processor fit
+        format!(
+            "    CHECKED      RESULT
+ok  hosts        CRIU, kernel, runtime and processor fit; engine: {}
 ok  container    it can be taken apart from its host; its name and ID are free
 ok  image        it is there
 ok  storage      its changed files go along; so do its volumes (data)
 ok  network      10.88.0.9 and 7000/tcp are free
 ok  connections  1 goes along
 `web` can move to h2
-"
+",
+            engine()
+        )
     );
     let output = livemig(source, "plan web --to h2").await;
     let plan = output.stdout.split("\n\n").next().unwrap_or_default();
@@ -121,8 +129,9 @@ commit   this host  volumes data are removed, unless         - (past the point o
     assert_eq!(output.status.code(), Some(3), "{output}");
     assert_eq!(
         output.stdout,
-        "    CHECKED      RESULT
-ok  hosts        CRIU, kernel, runtime and processor fit
+        format!(
+            "    CHECKED      RESULT
+ok  hosts        CRIU, kernel, runtime and processor fit; engine: {}
 ok  container    it can be taken apart from its host; its name and ID are free
 ok  image        it is there
 no  storage      the destination has a volume data already, and what is in it would be lost
@@ -131,7 +140,9 @@ no  storage      the destination has a volume data already, and what is in it wo
 ok  network      10.88.0.9 and 7000/tcp are free
 ok  connections  1 goes along
 `web` cannot move to h2
-"
+",
+            engine()
+        )
     );
     let output = livemig(source, "migrate web --to h2").await;
     assert_eq!(

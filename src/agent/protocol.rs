@@ -28,6 +28,8 @@
 //!    │  ◀────────────────────────────── wanted addresses  all the rest
 //!    │  POST /v1/migrations/ID/release ────────────────▶  what waited there goes to the container
 //!    │  ◀───────────────────────────────────── Nothing
+//!    │  POST /v1/migrations/ID/fetched  (with post-copy) ▶ when all of the memory is there
+//!    │  ◀───────────────────────────────────── Nothing
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
 //!    │  ◀───────────────────────────────────── Nothing
 //!

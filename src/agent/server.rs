@@ -97,6 +97,22 @@ pub mod reply {
         Response::new(StreamBody::new(frames).boxed_unsync())
     }
 
+    /// The same for a request whose body goes on while it is answered. Nothing else can be asked on the
+    /// connection: what comes on it is the body, and no head that has to be there in time.
+    pub fn exchange<S, E>(stream: S) -> Response<ReplyBody>
+    where
+        S: Stream<Item = Result<Bytes, E>> + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+    {
+        let mut response = self::stream(stream);
+        response.extensions_mut().insert(GoesOn);
+        response
+    }
+
+    /// The mark of an answer to a request that goes on.
+    #[derive(Debug, Clone, Copy)]
+    pub(super) struct GoesOn;
+
     pub(super) fn with_status<T: Serialize + ?Sized>(status: StatusCode, value: &T) -> Reply {
         let content = serde_json::to_vec(value).map_err(|error| {
             tracing::error!(%error, "an answer cannot be written as JSON");
@@ -622,7 +638,9 @@ impl Visit {
         response
             .headers_mut()
             .insert(PROTOCOL_HEADER, HeaderValue::from(PROTOCOL));
-        head.end();
+        if response.extensions().get::<reply::GoesOn>().is_none() {
+            head.end();
+        }
         Ok(response)
     }
 

@@ -164,6 +164,8 @@ impl Sessions {
             match self.podman.inspect(container.as_str()).await {
                 Ok(container) => return Ok(Some(container)),
                 Err(error) if error.is_not_found() => {}
+                // Podman has its name and no more, as after a removal that has failed half-way.
+                Err(podman::Error::Refused { .. }) if !podman::remains::runs(container) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -326,6 +328,10 @@ impl Sessions {
                 let (_, session) = self.find(&caller, id)?;
                 let memory = direct::fetched(&mut *session.lock().await, body);
                 memory.or_else(|error| said::<Nothing>(Err(error)))
+            }
+            (&Method::POST, ["v1", "migrations", id, "fetched"]) => {
+                let (_, session) = self.find(&caller, id)?;
+                said(direct::all_fetched(&mut *session.lock().await).await)
             }
             (&Method::PUT, ["v1", "migrations", id, part @ ..]) if direct::is_part(part) => {
                 let (id, session) = self.find(&caller, id)?;
@@ -911,6 +917,35 @@ impl Sessions {
         Ok(Undone { leftovers })
     }
 
+    /// Whether a copy runs, or might yet. What Podman cannot remove (its disk is full) and nothing of which
+    /// is alive is a left-over, and no reason for the source to keep its container frozen.
+    async fn may_run(&self, container: &ContainerId, journal: &Journal) -> Result<bool, Error> {
+        if podman::remains::runs(container) {
+            return Ok(true);
+        }
+        if !self.podman.exists(container.as_str()).await? {
+            return Ok(false);
+        }
+        if !podman::remains::would_be_seen()
+            || podman::remains::restore_under_way(journal.written()?)
+        {
+            return Ok(true);
+        }
+        match self.podman.inspect(container.as_str()).await {
+            Ok(container) => Ok(!matches!(
+                container.status,
+                podman::Status::Created
+                    | podman::Status::Initialized
+                    | podman::Status::Stopped
+                    | podman::Status::Exited
+                    | podman::Status::Removing
+            )),
+            // Podman has no more than its name.
+            Err(podman::Error::NotFound { .. } | podman::Error::Refused { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// The source will thaw its container when it is told that all is undone.
     async fn make_sure_it_is_gone(
         &self,
@@ -918,7 +953,7 @@ impl Sessions {
         leftovers: &[String],
     ) -> Result<(), Error> {
         for container in journal.effects().iter().filter_map(Effect::restored) {
-            if self.podman.exists(container.as_str()).await? || podman::remains::runs(container) {
+            if self.may_run(container, journal).await? {
                 return Err(Error::StillThere {
                     container: container.clone(),
                     reasons: leftovers.join("; "),

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -36,6 +38,8 @@ pub(super) struct Shell {
     standby: Option<OnItsMark>,
     /// Podman's own account of the restore.
     restoring: JoinHandle<podman::Result<Restored>>,
+    /// Whether Podman has died, or given up.
+    deserted: Arc<AtomicBool>,
     /// Whether memory is fetched when the container runs.
     post_copy: bool,
     /// Where the memory comes from then.
@@ -73,6 +77,8 @@ impl Shell {
     {
         let (images, work) = (memory.images.clone(), memory.work.clone());
         let podman = podman.clone();
+        let deserted = Arc::new(AtomicBool::new(false));
+        let note = deserted.clone();
         let mut restoring = tokio::spawn(async move {
             let options = RestoreOptions {
                 tcp_established: true,
@@ -81,7 +87,9 @@ impl Shell {
                 ignore_volumes: true,
                 ..RestoreOptions::default()
             };
-            podman.restore(archive, &options).await
+            let restored = podman.restore(archive, &options).await;
+            note.store(restored.is_err(), Ordering::Relaxed);
+            restored
         });
         tokio::select! {
             arrived = rendezvous.arrival(within) => {
@@ -94,6 +102,7 @@ impl Shell {
                     source: None,
                     fetching: None,
                     restoring,
+                    deserted,
                     images,
                     work,
                 })
@@ -182,6 +191,7 @@ impl Shell {
     /// # Errors
     /// [`Error::Restore`] with what CRIU says.
     pub async fn restore(&mut self) -> Result<u32, Error> {
+        self.with_podman()?;
         if let Some(source) = self.source.take() {
             self.fetching = Some(self.fetch(source).await?);
         }
@@ -198,9 +208,21 @@ impl Shell {
                 success: true,
                 pid: Some(pid),
                 ..
-            } => Ok(went.map(|_| pid)?),
+            } => {
+                went?;
+                self.with_podman()?;
+                Ok(pid)
+            }
             Outcome { status, .. } => Err(self.failed(program, status)),
         }
+    }
+
+    /// A container that is brought to life and of which Podman knows nothing could never be stopped again.
+    fn with_podman(&self) -> Result<(), Error> {
+        if self.deserted.load(Ordering::Relaxed) {
+            return Err(runtime::Error::Deserted.into());
+        }
+        Ok(())
     }
 
     /// Opens the way by which memory comes from the source: what is written there is what the source sends,
@@ -284,18 +306,28 @@ impl Shell {
     /// What Podman says if it has not.
     pub async fn recorded(self) -> Result<(), Error> {
         joined(self.restoring.await)?;
-        if let Some(mut criu) = self.fetching {
-            let status = criu.wait().await.map_err(runtime::Error::Lost)?;
-            if !status.success() {
-                return Err(runtime::Error::Failed {
-                    program: "criu lazy-pages".to_owned(),
-                    status: status.to_string(),
-                    said: format!("see {}", self.work.join("lazy-pages.log").display()),
-                }
-                .into());
-            }
-        }
         Ok(())
+    }
+
+    /// Waits until the container has all of its memory, if it was fetched. Once the source has served the last
+    /// page that is at once.
+    ///
+    /// # Errors
+    /// [`runtime::Error::Failed`] if it does not get it.
+    pub async fn fetched(&mut self) -> Result<(), Error> {
+        let Some(criu) = &mut self.fetching else {
+            return Ok(());
+        };
+        let status = criu.wait().await.map_err(runtime::Error::Lost)?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(runtime::Error::Failed {
+            program: "criu lazy-pages".to_owned(),
+            status: status.to_string(),
+            said: failure_log(&self.work, FailureLog::LazyPages).unwrap_or_default(),
+        }
+        .into())
     }
 
     /// Has Podman give up the container, if it does not run yet, and waits until it has.

@@ -85,6 +85,7 @@ impl Handler for Desk {
                     let numbers = (0..64u8).map(|n| Ok::<_, Error>(vec![n; 100_000].into()));
                     Ok(reply::stream(stream::iter(numbers)))
                 }
+                "/v1/back" => Ok(reply::exchange(body)),
                 "/v1/panic" => panic!("this is what the test wants"),
                 other => Err(Refusal::new(
                     StatusCode::NOT_FOUND,
@@ -290,6 +291,32 @@ fn alert_of(error: &std::io::Error) -> rustls::AlertDescription {
         Some(rustls::Error::AlertReceived(alert)) => *alert,
         other => panic!("no alert but {other:?} in {error:?}"),
     }
+}
+
+/// Longer than a head may take: what comes is no head.
+#[tokio::test]
+async fn streams_go_both_ways_for_as_long_as_they_last() {
+    let limits = short();
+    let lasts = limits.head_time * 3;
+    let agent = Agent::start(limits).await;
+    let host = agent.knows("host-a");
+    let mut connection = host.open(&agent).await.unwrap();
+    let pause = Duration::from_millis(20);
+    let pieces = u32::try_from(lasts.as_millis() / pause.as_millis()).unwrap();
+    let out = stream::iter(0..pieces).then(move |number| async move {
+        tokio::time::sleep(pause).await;
+        Ok::<_, std::io::Error>(Bytes::copy_from_slice(&number.to_be_bytes()))
+    });
+    let mut back = connection
+        .exchange(Method::POST, "/v1/back", out)
+        .await
+        .unwrap();
+    let mut came = Vec::new();
+    while let Some(piece) = back.next().await {
+        came.extend_from_slice(&piece.unwrap());
+    }
+    let sent: Vec<u8> = (0..pieces).flat_map(u32::to_be_bytes).collect();
+    assert_eq!(came, sent);
 }
 
 #[tokio::test]

@@ -791,8 +791,12 @@ fn map(
     size: u64,
     left: u64,
 ) -> Result<Option<(Vec<Extent>, usize)>, ()> {
-    // Looked at when it can be complete: the first line says how many there are.
-    let first = text.iter().position(|byte| *byte == b'\n').ok_or(())?;
+    /// The digits of the largest number.
+    const DIGITS: usize = 20;
+    // Looked at when it can be complete: the first line says how many there are. It is read again with
+    // each line, so it may not be long.
+    let first = text.iter().take(DIGITS + 1).position(|byte| *byte == b'\n');
+    let first = first.ok_or(())?;
     let number = |text: &[u8]| -> Result<u64, ()> {
         let plain = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
         let text = std::str::from_utf8(text).map_err(|_| ())?;

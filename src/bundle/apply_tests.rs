@@ -490,7 +490,10 @@ fn maps_that_are_wrong_are_refused() {
         fs::read(here.at("tree/sparse")).expect("read"),
         b"\0\0\0\0\0ddd\0\0"
     );
+    // It would be read again with each of the lines that follow it.
+    let long = format!("{}16000\n{}", "0".repeat(900_000), "0\n".repeat(32_000));
     for (told, map, data, size) in [
+        ("a number without an end", long.as_str(), 0, 10),
         ("empty", "", 0, 10),
         ("no number", "x\n", 0, 10),
         ("a sign", "1\n+5\n3\n", 3, 10),

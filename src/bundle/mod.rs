@@ -15,6 +15,8 @@ mod content;
 pub mod delta;
 mod entries;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod header;
 pub mod images;
 mod scan;

@@ -53,7 +53,7 @@ impl Documents {
         self.0.get(name).map(Vec::as_slice)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn of(all: &[(&'static str, &[u8])]) -> Documents {
         Documents(all.iter().map(|(n, c)| (*n, c.to_vec())).collect())
     }
@@ -326,6 +326,21 @@ mod tests {
             let reason = reason.unwrap_or_else(|| panic!("{}", char::from(flag)));
             assert!(reason.contains("no plain tar archive"), "{reason}");
         }
+        // A size that is one to Podman's reader and none to others, in front of what looks like an entry.
+        let inner = archive(&[("checkpoint/y", FILE, b"")]);
+        let mut whole = archive(&[("checkpoint/x", FILE, &inner)]);
+        assert!(
+            pass(&whole, 512)
+                .1
+                .is_some_and(|it| it.contains("Some") || it.contains("None"))
+        );
+        whole[124] = 0;
+        let mut header = tar::Header::new_ustar();
+        header.as_mut_bytes().copy_from_slice(&whole[..512]);
+        header.set_cksum();
+        whole[..512].copy_from_slice(header.as_bytes());
+        let reason = pass(&whole, 512).1.expect("it is refused");
+        assert!(reason.contains("no plain tar archive"), "{reason}");
         // One that names an entry is followed by that entry, not by another one.
         let mut entries = good();
         let record = b"21 path=checkpoint/x\n";

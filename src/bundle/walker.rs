@@ -305,7 +305,12 @@ impl Walker {
                     records: std::mem::take(&mut self.records),
                 };
                 if let Some(given) = seen.record(b"size") {
-                    let given = std::str::from_utf8(given).ok().and_then(|v| v.parse().ok());
+                    let given = decimal(given);
+                    if given.is_none() && self.reader != Reader::Lenient {
+                        self.state = State::Done;
+                        self.fault = Some("a header is ambiguous");
+                        return;
+                    }
                     seen.size = given.unwrap_or(size);
                 }
                 // Links, devices, directories and pipes have no content, whatever they say.
@@ -362,7 +367,7 @@ pub(super) fn records(mut content: &[u8]) -> Option<Vec<(&[u8], &[u8])>> {
     let mut found = Vec::new();
     while !content.is_empty() {
         let blank = content.iter().position(|b| *b == b' ')?;
-        let length: usize = std::str::from_utf8(&content[..blank]).ok()?.parse().ok()?;
+        let length = usize::try_from(decimal(&content[..blank])?).ok()?;
         let record = content.get(blank + 1..length)?;
         let record = record.strip_suffix(b"\n")?;
         let equals = record.iter().position(|b| *b == b'=')?;
@@ -401,15 +406,28 @@ fn name(block: &[u8; BLOCK]) -> Vec<u8> {
     }
 }
 
+/// A number in octal: digits, behind blanks and in front of blanks and zero bytes, or nothing at all.
+///
+/// Readers take other forms differently. Digits behind a zero byte are a number to Podman's reader
+/// (`parseOctal` in Go's `archive/tar`) and zero to others, and with the size of an entry they differ in
+/// what all that follows is. So these are none.
 pub(super) fn octal(field: &[u8]) -> Option<u64> {
-    let text = std::str::from_utf8(until_nul(field))
-        .ok()?
-        .trim_matches(' ');
-    if text.is_empty() {
-        Some(0)
-    } else {
-        u64::from_str_radix(text, 8).ok()
+    let blanks = field.iter().take_while(|byte| **byte == b' ').count();
+    let digits = field[blanks..].iter();
+    let digits = digits.take_while(|byte| (b'0'..=b'7').contains(*byte));
+    let (digits, rest) = field[blanks..].split_at(digits.count());
+    if !rest.iter().all(|byte| matches!(byte, b' ' | 0)) {
+        return None;
     }
+    digits.iter().try_fold(0_u64, |value, digit| {
+        value.checked_mul(8)?.checked_add(u64::from(digit - b'0'))
+    })
+}
+
+/// A number in decimal digits, and nothing else.
+fn decimal(text: &[u8]) -> Option<u64> {
+    let plain = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    plain.then(|| std::str::from_utf8(text).ok()?.parse().ok())?
 }
 
 /// A number in octal, or in GNU's base 256, which sets the first bit.
@@ -434,5 +452,29 @@ mod tests {
         let mut told = 0;
         walker.feed(&[b'z'; 4096], |_| told += 1);
         assert_eq!(told, 0);
+    }
+
+    #[test]
+    fn a_number_is_what_every_reader_takes_it_for() {
+        for (field, number) in [
+            (&b"00000001750\0"[..], Some(0o1750)),
+            (b"   1750\0 \0  ", Some(0o1750)),
+            (b"000000017 50", None),
+            (b"\0\0\0", Some(0)),
+            (b"      ", Some(0)),
+            (b"777777777777", Some(0o777_777_777_777)),
+            // Zero to some, and not to others.
+            (b"\x0000000001750", None),
+            (b" \x001750", None),
+            (b"1750\x001750", None),
+            (b"+1750\0", None),
+            (b"-1750\0", None),
+            (b"1759\0", None),
+        ] {
+            assert_eq!(octal(field), number, "{}", field.escape_ascii());
+        }
+        for text in [&b""[..], b"+5", b"-5", b" 5", b"5 ", b"0x5"] {
+            assert_eq!(decimal(text), None);
+        }
     }
 }

@@ -98,7 +98,7 @@ impl Events {
     }
 }
 
-fn read(message: &Message<'_>) -> Option<Event> {
+pub(super) fn read(message: &Message<'_>) -> Option<Event> {
     let change = match message.kind {
         // NLM_F_CREATE, NLM_F_EXCL: it is new (`ctnetlink_conntrack_event`).
         CT_NEW if message.flags & NlmF::CREATE.bits() != 0 => Change::New,

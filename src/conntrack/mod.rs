@@ -33,6 +33,8 @@ mod events;
 mod fence;
 mod flow;
 pub mod forward;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod gate;
 pub mod hold;
 mod mark;

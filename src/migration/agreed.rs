@@ -194,6 +194,19 @@ impl Agreed<'_> {
     }
 
     fn port(&self, port: &Value) -> Judged {
+        /// Podman refuses larger ones: no port has them, and no range is so long.
+        const LARGEST: u64 = 0xffff;
+        for field in [
+            "hostport",
+            "containerport",
+            "host_port",
+            "container_port",
+            "range",
+        ] {
+            if port[field].as_u64().is_some_and(|number| number > LARGEST) {
+                return Err(format!("it publishes a port with {field} {}", port[field]));
+            }
+        }
         let number = |field: &str| port[field].as_u64().unwrap_or(0);
         let (host, inside) = match port.get("hostport") {
             Some(_) => (number("hostport"), number("containerport")),
@@ -634,6 +647,9 @@ mod tests {
             ("/namedVolumes/0/volumeName", json!("other")),
             ("/newPortMappings/0/host_port", json!(22)),
             ("/newPortMappings/0/range", json!(100)),
+            ("/newPortMappings/0/range", json!(u64::MAX)),
+            ("/newPortMappings/0/host_port", json!(u64::MAX)),
+            ("/newPortMappings/0/container_port", json!(u64::MAX)),
             ("/newNetworks", json!({ "inner": {} })),
             ("/secrets", json!([{ "name": "key" }])),
             ("/ctrImageVolumes", json!([{}])),

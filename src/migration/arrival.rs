@@ -151,7 +151,7 @@ pub(super) fn added(capabilities: &[String]) -> Vec<&str> {
 }
 
 /// What of a container this host's policy forbids.
-pub(super) fn forbidden(policy: &Policy, container: &Container, host: &HostInfo) -> Vec<Finding> {
+pub(crate) fn forbidden(policy: &Policy, container: &Container, host: &HostInfo) -> Vec<Finding> {
     let name = &container.name;
     let mut findings = Vec::new();
     let mut refuse = |code, privilege: Privilege, what: String| {

@@ -7,9 +7,9 @@ use hyper::Method;
 
 use super::undo::remove_staging;
 use super::{Effect, Leftover, Migration, flows, forwarding, path};
-use crate::Result;
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
+use crate::{Error, Result};
 
 pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     let container = migration.preflight.container.clone();
@@ -70,15 +70,19 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Serves the destination the memory that it does not have yet.
+/// Serves the destination the memory that it does not have yet, until it says that it has all of it. If that
+/// fails nothing is forgotten here: the frozen container is what there is.
 async fn serve_memory(migration: &mut Migration<'_>) -> Result<()> {
-    let serving = migration
-        .shell
-        .as_mut()
-        .and_then(|shell| shell.serving.take());
-    if let Some(serving) = serving {
-        migration.bytes_sent += serving.ended().await?;
-    }
+    let shell = migration.shell.as_mut();
+    let Some(serving) = shell.and_then(|shell| shell.serving.take()) else {
+        return Ok(());
+    };
+    let served = serving.ended().await;
+    // If it was not served well, the destination may know why.
+    let path = format!("/v1/migrations/{}/fetched", migration.id);
+    let told = migration.connection.call(Method::POST, &path, &Nothing {});
+    let Nothing {} = told.await.map_err(Error::of_host(&migration.request.to))?;
+    migration.bytes_sent += served?;
     Ok(())
 }
 

@@ -50,6 +50,8 @@ use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use agreed::Agreed;
+#[cfg(any(test, fuzzing))]
+pub(crate) use arrival::forbidden;
 pub use arrival::{Policy, Privilege, UnknownPrivilege};
 pub(crate) use check::{at_destination, refuse};
 pub use downtime::{Part, PartTime};

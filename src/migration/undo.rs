@@ -325,7 +325,14 @@ impl Hands {
             // A connection that ends is less than a container that runs twice.
             tracing::warn!(%container, %error, "the copy may be heard when it ends");
         }
-        self.podman.remove(container, options).await?;
+        // The first time Podman may stumble over what is not there any more (the network namespace of a
+        // container whose state could not be written), which it then knows.
+        if let Err(podman::Error::Refused { message, .. }) =
+            self.podman.remove(container, options).await
+        {
+            tracing::debug!(%container, message, "once more");
+            self.podman.remove(container, options).await?;
+        }
         if remains::are_there(container) {
             remains::end(container, &self.runtime().await?).await;
         }

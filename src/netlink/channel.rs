@@ -345,7 +345,7 @@ impl Channel {
 }
 
 /// What a message says about a request: done, refused, or (None) that it is an answer itself.
-fn verdict(message: &Message<'_>, doing: &'static str) -> Result<Option<Result<()>>> {
+pub(super) fn verdict(message: &Message<'_>, doing: &'static str) -> Result<Option<Result<()>>> {
     let done = message.kind == u16::from(Nlmsg::Done);
     if !done && message.kind != u16::from(Nlmsg::Error) {
         return Ok(None);
@@ -364,11 +364,26 @@ fn verdict(message: &Message<'_>, doing: &'static str) -> Result<Option<Result<(
     if code >= 0 {
         return Ok(Some(Ok(())));
     }
+    let Some(errno) = errno(code.saturating_neg()) else {
+        return Err(Error::Malformed {
+            doing,
+            what: "an error number that there is not",
+        });
+    };
     Ok(Some(Err(Error::Refused {
         doing,
-        errno: Errno::from_raw_os_error(code.saturating_neg()),
+        errno,
         message: explanation(message),
     })))
+}
+
+/// What the kernel means by a number, if it can mean anything.
+pub(crate) fn errno(number: i32) -> Option<Errno> {
+    /// `MAX_ERRNO` of `linux/err.h`.
+    const MAX_ERRNO: i32 = 4095;
+    (1..=MAX_ERRNO)
+        .contains(&number)
+        .then(|| Errno::from_raw_os_error(number))
 }
 
 /// The kernel's words in an extended acknowledgement.
@@ -391,4 +406,29 @@ fn explanation(message: &Message<'_>) -> Option<String> {
     Attributes::after(echoed, length)
         .find(|a| a.kind == WORDS)
         .map(|a| a.text())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_has_a_number_that_there_is() {
+        let refusal = |code: i32| {
+            let body = code.to_ne_bytes();
+            let message = Message {
+                kind: u16::from(Nlmsg::Error),
+                flags: 0,
+                sequence: 1,
+                body: &body,
+            };
+            verdict(&message, "test")
+        };
+        assert!(matches!(refusal(0), Ok(Some(Ok(())))));
+        let denied = refusal(-1).unwrap().unwrap().unwrap_err();
+        assert_eq!(denied.errno(), Some(Errno::PERM));
+        for code in [-4096, i32::MIN] {
+            assert!(matches!(refusal(code), Err(Error::Malformed { .. })));
+        }
+    }
 }

@@ -19,6 +19,8 @@
 mod backlog;
 pub(crate) mod channel;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod message;
 mod namespace;
 pub mod sockets;

@@ -178,7 +178,7 @@ impl Diagnosis {
 }
 
 /// Reads a `struct inet_diag_msg`.
-fn read(kind: Kind, message: &Message<'_>) -> Option<Socket> {
+pub(super) fn read(kind: Kind, message: &Message<'_>) -> Option<Socket> {
     let answer = message.body.get(..ANSWER)?;
     let word = |at: usize| -> Option<u32> {
         Some(u32::from_ne_bytes(answer.get(at..at + 4)?.try_into().ok()?))

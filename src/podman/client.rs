@@ -313,7 +313,7 @@ pub struct RuntimeInfo {
 }
 
 impl HostInfo {
-    fn read(info: podman_api::models::Info) -> Option<HostInfo> {
+    pub(super) fn read(info: podman_api::models::Info) -> Option<HostInfo> {
         let host = info.host?;
         let store = info.store?;
         let version = info.version?;
@@ -397,7 +397,7 @@ pub struct ContainerSummary {
 }
 
 impl ContainerSummary {
-    fn read(
+    pub(super) fn read(
         entry: podman_api::models::ListContainer,
     ) -> std::result::Result<ContainerSummary, String> {
         let id: ContainerId = entry

@@ -32,7 +32,7 @@ pub struct Event {
 }
 
 impl Event {
-    fn read(event: podman_api::models::Event) -> Event {
+    pub(super) fn read(event: podman_api::models::Event) -> Event {
         let attributes: BTreeMap<String, String> = event.actor.attributes.into_iter().collect();
         Event {
             kind: event.typ,

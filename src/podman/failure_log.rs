@@ -11,6 +11,8 @@ pub enum FailureLog {
     Dump,
     /// Of the last restore: `restore.log`.
     Restore,
+    /// Of what fetches memory after a restore: `lazy-pages.log`.
+    LazyPages,
 }
 
 impl FailureLog {
@@ -18,6 +20,7 @@ impl FailureLog {
         match self {
             FailureLog::Dump => "dump.log",
             FailureLog::Restore => "restore.log",
+            FailureLog::LazyPages => "lazy-pages.log",
         }
     }
 }

@@ -47,7 +47,7 @@ pub struct Image {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct InspectedImage {
+pub(super) struct InspectedImage {
     id: ImageId,
     #[serde(default, deserialize_with = "nullable")]
     repo_tags: Vec<String>,
@@ -63,7 +63,7 @@ struct InspectedImage {
 
 /// What `images/load` answers.
 #[derive(Debug, Deserialize)]
-struct Loaded {
+pub(super) struct Loaded {
     #[serde(rename = "Names", default, deserialize_with = "nullable")]
     names: Vec<String>,
 }

@@ -311,7 +311,7 @@ impl PublishedPort {
 
     /// Whether both want the same port of the same address of a host.
     pub fn collides_with(&self, other: &PublishedPort) -> bool {
-        let last = |port: &PublishedPort| port.host_port.saturating_add(port.range - 1);
+        let last = |port: &PublishedPort| port.host_port.saturating_add(port.range.max(1) - 1);
         self.protocol == other.protocol
             && self.host_port <= last(other)
             && other.host_port <= last(self)
@@ -368,8 +368,9 @@ impl PublishedPort {
                 && last.host_ip == port.host_ip
                 && last.host_port.checked_add(last.range) == Some(port.host_port)
                 && last.container_port.checked_add(last.range) == Some(port.container_port)
+                && let Some(range) = last.range.checked_add(port.range)
             {
-                last.range += port.range;
+                last.range = range;
             } else {
                 joined.push(port);
             }
@@ -578,7 +579,7 @@ where
 /// Podman's answer, as far as it is read.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Inspection {
+pub(super) struct Inspection {
     id: ContainerId,
     name: String,
     state: InspectedState,
@@ -800,7 +801,7 @@ fn not_blank(text: String) -> Option<String> {
 const SECRET_VALUE: &str = "*******";
 
 impl Inspection {
-    fn container(self) -> std::result::Result<Container, String> {
+    pub(super) fn container(self) -> std::result::Result<Container, String> {
         let host = self.host_config;
         let config = self.config;
         let network_mode = Mode::read(&host.network_mode, Mode::Private);
@@ -1409,5 +1410,23 @@ mod tests {
         assert!(!here.collides_with(&port(Some("10.0.0.2"), 8080, 1, "tcp")));
         // The last port there is.
         assert!(!any.collides_with(&port(None, 65535, 1, "tcp")));
+        // As another host may say it: no port at all is taken for one.
+        assert!(any.collides_with(&port(None, 8080, 0, "tcp")));
+        assert!(!any.collides_with(&port(None, 8079, 0, "tcp")));
+    }
+
+    #[test]
+    fn ranges_are_joined_as_far_as_there_are_numbers() {
+        let port = |port, range| PublishedPort {
+            host_ip: None,
+            host_port: port,
+            container_port: port,
+            protocol: "tcp".into(),
+            range,
+        };
+        let joined = PublishedPort::coalesce(vec![port(9, 3), port(1, 8)]);
+        assert_eq!(joined, [port(1, 11)]);
+        let apart = vec![port(1, 60_000), port(60_001, 60_000)];
+        assert_eq!(PublishedPort::coalesce(apart.clone()), apart);
     }
 }

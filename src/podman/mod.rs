@@ -42,6 +42,8 @@ mod client;
 mod error;
 mod events;
 mod failure_log;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod id;
 mod image;
 mod inspect;

@@ -63,6 +63,12 @@ pub(crate) fn runs(id: &ContainerId) -> bool {
     all().any(|process| process.is_of(id))
 }
 
+/// Whether what [`runs`] would be seen from here, as Podman's service is: not if that lives in a PID
+/// namespace of its own.
+pub(crate) fn would_be_seen() -> bool {
+    !services().is_empty()
+}
+
 /// Ends everything of a container that Podman does not know of any more, or not yet. `runtime` is the
 /// program that made it.
 pub(crate) async fn end(id: &ContainerId, runtime: &Path) {

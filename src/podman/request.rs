@@ -434,7 +434,7 @@ impl Answer {
     }
 }
 
-fn read_fault(purpose: &Purpose, status: StatusCode, body: &[u8]) -> Error {
+pub(super) fn read_fault(purpose: &Purpose, status: StatusCode, body: &[u8]) -> Error {
     let fault = serde_json::from_slice::<Fault>(body).unwrap_or_default();
     let message = if fault.message.is_empty() {
         let text = String::from_utf8_lossy(body);

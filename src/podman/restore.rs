@@ -98,7 +98,7 @@ pub struct CriuStatistics {
 
 /// Podman's report; the times are microseconds.
 #[derive(Debug, Deserialize)]
-struct Report {
+pub(super) struct Report {
     #[serde(rename = "Id")]
     id: ContainerId,
     #[serde(default)]

@@ -52,6 +52,11 @@ pub enum Error {
         /// Its last words, or those of CRIU.
         said: String,
     },
+    /// Whoever called has gone.
+    #[error(
+        "Podman has died, or has given the container up, before it was told that the container runs"
+    )]
+    Deserted,
     /// It could not even be started.
     #[error("cannot start {}: {source}", program.display())]
     Start {

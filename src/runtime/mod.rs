@@ -18,6 +18,8 @@
 
 mod checkpoint;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 pub mod held_criu;
 pub mod invocation;
 pub mod rendezvous;

@@ -45,6 +45,9 @@ use std::time::{Duration, Instant, SystemTime};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use device::fuzzing;
+
 pub use address::{Ends, Party, Taken, TakenError, choose};
 pub use error::{Error, Result};
 pub use hop_id::{HopId, HopIdError};

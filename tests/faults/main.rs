@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use fault::Fault;
+use futures::future::join_all;
 use moment::Moment;
 use scene::Scene;
 use table::{Cell, Table};
@@ -46,8 +47,18 @@ async fn main() -> ExitCode {
         .partition(|(_, _, fault)| fault.takes_long());
     println!("{} cells\n\n{}", waiting.len() + working.len(), Cell::HEAD);
     // Most of the time that a link is cut for, nothing happens: others are struck meanwhile.
-    let (mut rows, others) = tokio::join!(strike_all(working), strike_all(waiting));
-    rows.extend(others);
+    let mut lanes = vec![working];
+    for engine in ENGINES {
+        lanes.push(
+            waiting
+                .iter()
+                .filter(|cell| cell.0 == engine)
+                .copied()
+                .collect(),
+        );
+    }
+    let rows = join_all(lanes.into_iter().map(strike_all)).await;
+    let rows = rows.into_iter().flatten().collect();
     Table::of(rows).finish()
 }
 

@@ -24,18 +24,24 @@ const REPORT: &str = "/tmp/migration.json";
 /// What each phase does, beside the line in which livemig says that it has ended.
 const MEANING: [(&str, &str); 9] = [
     ("preflight", "both hosts were looked at, nothing changed"),
-    ("prepare", "a WireGuard tunnel between the hosts came up"),
-    ("precopy", "(no copying ahead in this engine)"),
+    (
+        "prepare",
+        "a WireGuard tunnel came up; Podman exported web, all but its processes",
+    ),
+    (
+        "precopy",
+        "Podman on h2 made web of that; a CRIU waits on either host",
+    ),
     (
         "hold",
         "packets for the container wait in the kernel: the downtime begins",
     ),
     (
         "freeze",
-        "its processes stand still, CRIU has written their state",
+        "its processes stand still, CRIU has sent their memory to h2",
     ),
-    ("transfer", "that state became one stream of bytes"),
-    ("restore", "sent, and brought to life by Podman on h2"),
+    ("transfer", "what is left became one stream of bytes"),
+    ("restore", "sent, and brought to life by CRIU on h2"),
     (
         "steer",
         "what waited was let go, to h2: the downtime is over",
@@ -83,6 +89,15 @@ async fn show(lab: &Lab, style: &Style) -> Value {
         h1.ip(),
         h2.ip(),
         c1.ip()
+    );
+
+    style.step("h1, h2", "livemig setup");
+    for host in [h1, h2] {
+        host.exec(&["livemig", "setup"]).await;
+        host.podman_service("restart").await;
+    }
+    println!(
+        "   Podman's calls of its runtime go through livemig: all but processes can go ahead."
     );
 
     style.step("h2", "livemig agent");
@@ -190,7 +205,10 @@ async fn show(lab: &Lab, style: &Style) -> Value {
         "source_gone": source_gone,
         "running_on_destination": on_destination,
         "longest_gap_ms": seen["longest_gap_ms"],
+        "engine": told["engine"],
         "downtime_ms": told["downtime_ms"],
+        "frozen_ms": told["frozen_ms"],
+        "breakdown": told["breakdown"],
         "total_ms": told["total_ms"],
         "bytes_sent": told["bytes_sent"],
         "phases": told["phases"],

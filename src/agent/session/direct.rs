@@ -38,7 +38,14 @@ pub(super) fn fetched(session: &mut Session, body: Body) -> Result<Response<Repl
             tracing::warn!(%error, "memory does not come any more");
         }
     });
-    Ok(reply::stream(ReaderStream::new(wanted)))
+    Ok(reply::exchange(ReaderStream::new(wanted)))
+}
+
+/// Says when all of the memory has been fetched.
+pub(super) async fn all_fetched(session: &mut Session) -> Result<Nothing, Error> {
+    let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
+    shell.fetched().await?;
+    Ok(Nothing {})
 }
 
 impl Sessions {

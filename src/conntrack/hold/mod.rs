@@ -80,6 +80,8 @@ use tokio_util::sync::CancellationToken;
 pub use intake::Intake;
 use keeper::{Gauge, Order, REMOVE, Terms, work};
 pub use pace::{Pace, Rate};
+#[cfg(any(test, fuzzing))]
+pub(super) use queue::Notice;
 use queue::{Queue, socket_error};
 pub use report::{HoldReport, To};
 pub use spec::{HeldPorts, HoldSpec, PortProtocol, Side};

@@ -140,7 +140,8 @@ fn ask(socket: &NlSocket, request: Request) -> Result<Option<Errno>> {
     let code = Messages::new(&buffer[..length.min(4096)])
         .find_map(|message| error_number(&message))
         .unwrap_or(0);
-    Ok((code != 0).then(|| Errno::from_raw_os_error(code)))
+    // A refusal without a reason is one all the same.
+    Ok((code != 0).then(|| channel::errno(code).unwrap_or(Errno::INVAL)))
 }
 
 /// The number in an acknowledgement: 0, or what went wrong.
@@ -196,7 +197,7 @@ pub(super) fn dropped(queue: u16) -> u64 {
 
 /// What the kernel tells about a packet that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Notice {
+pub(in crate::conntrack) struct Notice {
     /// Its number in the queue: each packet has the next one.
     pub id: u32,
     /// The interface it came in by.
@@ -212,7 +213,7 @@ pub(super) struct Notice {
 impl Notice {
     /// Reads a message of a queue; none if it is an acknowledgement or the error of a verdict
     /// (there was nothing to release), which say nothing.
-    pub(super) fn read(message: &Message<'_>) -> Option<Notice> {
+    pub(in crate::conntrack) fn read(message: &Message<'_>) -> Option<Notice> {
         if message.kind != QUEUE_PACKET {
             return None;
         }
@@ -245,7 +246,7 @@ impl Notice {
 
 /// What an IP header says; nothing where it is cut short.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Header {
+pub(in crate::conntrack) struct Header {
     /// The number of the protocol inside.
     pub protocol: Option<u8>,
     /// Who sent it.
@@ -271,7 +272,7 @@ impl Header {
         }
     }
 
-    pub(super) fn is_udp(&self) -> bool {
+    pub(in crate::conntrack) fn is_udp(&self) -> bool {
         self.protocol == Some(UDP)
     }
 }

@@ -3,7 +3,7 @@
 //! For each memory there is a `pagemap` that lists runs of pages, and a `pages` file that has those that
 //! are present, one after the other (`criu/page-xfer.c`, `images/pagemap.proto`).
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,7 @@ const MAGIC: [u32; 2] = [0x5456_4319, 0x5608_4025];
 const FIRST_FILE: u32 = 0x10000;
 /// A container with more processes and shared memories is refused.
 const MOST_MEMORIES: usize = 100_000;
+const NOT_OPEN: Error = Error::Pages("pages of a memory that is not open");
 
 /// Writes the images of one stream of pages.
 #[derive(Debug)]
@@ -35,7 +36,7 @@ impl PageWriter {
             reader: Reader::new(layout),
             images: Images {
                 directory: directory.to_owned(),
-                memories: BTreeMap::new(),
+                memories: BTreeSet::new(),
                 current: None,
                 bytes: 0,
             },
@@ -73,38 +74,37 @@ impl PageWriter {
 #[derive(Debug)]
 struct Images {
     directory: PathBuf,
-    memories: BTreeMap<Memory, Image>,
-    /// Whose pages come.
-    current: Option<Memory>,
+    /// Those that have come.
+    memories: BTreeSet<Memory>,
+    /// Whose pages come. CRIU's page server has one at a time as well: were the others left open, who
+    /// sends could use up all files that this process may have open.
+    current: Option<(Memory, Image)>,
     bytes: u64,
 }
 
 impl Images {
     fn add(&mut self, memory: Memory, run: Run) -> Result<()> {
         let failed = failed(&self.directory, "the list of pages");
-        self.current = Some(memory);
-        self.image()?.add(run).map_err(failed)
+        match &mut self.current {
+            Some((current, image)) if *current == memory => image.add(run).map_err(failed),
+            _ => Err(NOT_OPEN),
+        }
     }
 
     fn write(&mut self, pages: &[u8]) -> Result<()> {
         let failed = failed(&self.directory, "the container's pages");
         self.bytes += pages.len() as u64;
-        self.image()?.pages.write_all(pages).map_err(failed)
-    }
-
-    fn image(&mut self) -> Result<&mut Image> {
-        let image = self
-            .current
-            .and_then(|memory| self.memories.get_mut(&memory));
-        image.ok_or(Error::Pages("pages of a memory that is not open"))
+        let (_, image) = self.current.as_mut().ok_or(NOT_OPEN)?;
+        image.pages.write_all(pages).map_err(failed)
     }
 
     fn open(&mut self, memory: Memory) -> Result<()> {
-        if self.memories.len() >= MOST_MEMORIES || self.memories.contains_key(&memory) {
-            return Err(Error::Pages("too many memories, or one that comes twice"));
-        }
+        self.close()?;
         // Fewer than there are numbers.
         let number = FIRST_FILE + self.memories.len() as u32;
+        if self.memories.len() >= MOST_MEMORIES || !self.memories.insert(memory) {
+            return Err(Error::Pages("too many memories, or one that comes twice"));
+        }
         let name = match memory {
             Memory::Process(number) => format!("pagemap-{number}.img"),
             Memory::Shared(number) => format!("pagemap-shmem-{number}.img"),
@@ -123,15 +123,20 @@ impl Images {
         };
         let failed = failed(&self.directory, "the list of pages");
         image.begin(number).map_err(failed)?;
-        self.memories.insert(memory, image);
+        self.current = Some((memory, image));
         Ok(())
     }
 
+    fn close(&mut self) -> Result<()> {
+        let Some((_, mut image)) = self.current.take() else {
+            return Ok(());
+        };
+        let failed = failed(&self.directory, "the list of pages");
+        image.pagemap.flush().map_err(failed)
+    }
+
     fn finish(mut self) -> Result<u64> {
-        for image in self.memories.values_mut() {
-            let failed = failed(&self.directory, "the list of pages");
-            image.pagemap.flush().map_err(failed)?;
-        }
+        self.close()?;
         Ok(self.bytes)
     }
 }
@@ -272,11 +277,16 @@ mod tests {
     fn what_is_no_stream_of_criu_s_is_refused() {
         let open = command(4, 0, 0, PROCESS);
         let add = command(PRESENT, 1, 0, PROCESS);
-        let cases: [(&str, Vec<u8>); 6] = [
+        let other = command(4, 0, 0, PROCESS + (1 << 8));
+        let cases: [(&str, Vec<u8>); 7] = [
             ("no end", open.clone()),
             ("cut in a command", [&open[..], &open[..3]].concat()),
             ("pages missing", [&open[..], &add, &close()].concat()),
             ("a memory that is not open", [&add[..], &close()].concat()),
+            (
+                "a memory that was open before",
+                [&open[..], &other, &add, &close()].concat(),
+            ),
             ("opened twice", [&open[..], &open, &close()].concat()),
             ("more behind the end", [&close()[..], &open].concat()),
         ];
@@ -287,5 +297,26 @@ mod tests {
                 "{what}: {refused:?}"
             );
         }
+    }
+
+    #[test]
+    fn memories_that_have_come_take_no_open_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut writer = PageWriter::new(directory.path(), Layout::Wide);
+        for process in 1..=2000 {
+            writer.feed(&command(4, 0, 0, process << 8 | 1)).unwrap();
+        }
+        let here = directory.path().to_str().unwrap();
+        let open = std::fs::read_dir("/proc/self/fd").unwrap().filter(|entry| {
+            let to = std::fs::read_link(entry.as_ref().unwrap().path());
+            to.is_ok_and(|to| to.starts_with(here))
+        });
+        assert_eq!(open.count(), 2);
+        writer.feed(&close()).unwrap();
+        assert_eq!(writer.finish().unwrap(), 0);
+        assert_eq!(
+            std::fs::read_dir(directory.path()).unwrap().count(),
+            2 * 2000
+        );
     }
 }

@@ -14,6 +14,8 @@
 //! holds them: gotatun's channels make the reader wait, so the queues of the interface and of the
 //! socket are what fills first.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod merge;
 mod offload;
 mod path;

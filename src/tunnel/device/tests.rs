@@ -14,7 +14,12 @@ const FIN: u8 = 0x01;
 const CWR: u8 = 0x80;
 
 /// A packet with right checksums. `sequence` is that of TCP; without one it is UDP.
-fn packet(v6: bool, identification: u16, sequence: Option<(u32, u8)>, payload: &[u8]) -> Vec<u8> {
+pub(super) fn packet(
+    v6: bool,
+    identification: u16,
+    sequence: Option<(u32, u8)>,
+    payload: &[u8],
+) -> Vec<u8> {
     let mut transport = 7000_u16.to_be_bytes().to_vec();
     transport.extend(8000_u16.to_be_bytes());
     let (protocol, checksum) = if let Some((sequence, flags)) = sequence {
@@ -55,7 +60,13 @@ fn packet(v6: bool, identification: u16, sequence: Option<(u32, u8)>, payload: &
 }
 
 /// The packets of a stream: of `size` bytes, the last one with what is left.
-fn stream(v6: bool, first: u16, sequence: u32, size: usize, data: &[u8]) -> Vec<Vec<u8>> {
+pub(super) fn stream(
+    v6: bool,
+    first: u16,
+    sequence: u32,
+    size: usize,
+    data: &[u8],
+) -> Vec<Vec<u8>> {
     let count = data.chunks(size).count();
     data.chunks(size)
         .enumerate()
@@ -85,7 +96,7 @@ fn cut(frame: &[u8], largest: usize) -> Option<Vec<Vec<u8>>> {
 }
 
 /// Runs of all packets, as they are written.
-fn merge(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
+pub(super) fn merge(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let mut run = Run::new(true);
     let mut written = Vec::new();
     for packet in packets {

@@ -1,0 +1,80 @@
+//! Readers of what Podman, CRIU and the runtime say.
+
+use std::fs;
+
+use super::scratch::Scratch;
+use super::{choice, pieces};
+use crate::criu::pages::Layout;
+use crate::criu::pages::writer::PageWriter;
+use crate::criu::{DumpStats, RestoreStats};
+use crate::podman::fuzzing as podman_readers;
+use crate::runtime::{Invocation, fuzzing as runtime_readers};
+
+/// CRIU's statistics.
+pub fn stats(input: &[u8]) {
+    let (how, image) = choice(input);
+    if how & 1 == 0 {
+        let _ = DumpStats::parse(image);
+    } else {
+        let _ = RestoreStats::parse(image);
+    }
+}
+
+/// CRIU's pages ([`PageWriter`]): only in the directory, and no pages but those that came.
+pub fn pages(input: &[u8]) {
+    let (how, stream) = choice(input);
+    let layout = match how & 1 {
+        0 => Layout::Wide,
+        _ => Layout::Narrow,
+    };
+    let here = Scratch::new();
+    let mut writer = PageWriter::new(here.path(), layout);
+    let fed = pieces(stream, how >> 1).try_for_each(|piece| writer.feed(piece));
+    let written = fed.and_then(|()| writer.finish());
+    let mut bytes = 0;
+    for entry in fs::read_dir(here.path()).expect("there") {
+        let name = entry.expect("read").file_name().display().to_string();
+        assert!(name.starts_with("page") && name.ends_with(".img"), "{name}");
+        if name.starts_with("pages-") {
+            let about = fs::metadata(here.path().join(&name)).expect("there");
+            bytes += about.len();
+        }
+    }
+    assert!(bytes <= stream.len() as u64);
+    if let Ok(written) = written {
+        assert_eq!(written, bytes);
+    }
+}
+
+/// Podman's answers, and what follows from them.
+pub fn podman(input: &[u8]) {
+    let (which, json) = choice(input);
+    podman_readers::read(which, json);
+}
+
+/// How Podman calls its runtime, and what livemig and its wrapper say to each other.
+pub fn runtime(input: &[u8]) {
+    let (how, text) = choice(input);
+    if how & 1 == 0 {
+        return runtime_readers::read_message(how >> 1, text);
+    }
+    let arguments: Vec<String> = text
+        .split(|byte| *byte == b'\n')
+        .map(|argument| String::from_utf8_lossy(argument).into_owned())
+        .collect();
+    let Some(call) = Invocation::read(&arguments) else {
+        return;
+    };
+    assert_eq!(call.arguments(), arguments);
+    let _ = (call.pid_file(), call.option("--bundle"));
+    let changed = call
+        .clone()
+        .with_image_path("/images".as_ref())
+        .with_work_path("/work".as_ref())
+        .with_flag("--leave-running");
+    assert_eq!(changed.option("--work-path"), Some("/work"));
+    // What is changed can be read again, as the same call of the same container.
+    let again = Invocation::read(changed.arguments()).expect("a call");
+    assert_eq!((again.verb, &again.container), (call.verb, &call.container));
+    assert_eq!(again.image_path(), Some("/images".as_ref()));
+}
