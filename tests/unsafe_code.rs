@@ -21,6 +21,11 @@ const LISTED: &[(&str, usize, &str)] = &[
          and registered with tokio",
     ),
     (
+        "runtime/held_criu.rs",
+        1,
+        "a descriptor that the runtime leaves open for CRIU, and says the number of",
+    ),
+    (
         "tunnel/device/tun.rs",
         3,
         "two ioctl(2) that make a tun, for which there is no other call, and tokio's promise again",
