@@ -4,6 +4,16 @@
 use super::lab::pair::Pair;
 use super::lab::{LOOK, Node, Process, gate};
 
+/// What the command is told to have this engine move a container.
+pub fn arguments(engine: &str) -> &'static [&'static str] {
+    match engine {
+        "rest" => &["--engine", "rest"],
+        "direct" => &["--engine", "direct"],
+        "postcopy" => &["--engine", "direct", "--post-copy"],
+        other => panic!("there is no engine {other}"),
+    }
+}
+
 /// What is to move, and how.
 #[derive(Debug, Clone, Copy)]
 pub struct Move {
@@ -115,7 +125,7 @@ impl Moment {
                 from,
                 to,
             } = what;
-            pair.spawn_migration_with(container, from, to, &["--engine", engine], &variables)
+            pair.spawn_migration_with(container, from, to, arguments(engine), &variables)
         };
         let (host, verb) = match self.halt() {
             Halt::Event(event) => {
