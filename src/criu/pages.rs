@@ -183,6 +183,14 @@ impl Memory {
             _ => None,
         }
     }
+
+    /// The name of the image that lists its pages (`imgset_template` in `criu/image-desc.c`).
+    fn list(self) -> String {
+        match self {
+            Memory::Process(number) => format!("pagemap-{number}.img"),
+            Memory::Shared(number) => format!("pagemap-shmem-{number}.img"),
+        }
+    }
 }
 
 impl Command {

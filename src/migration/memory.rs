@@ -18,7 +18,8 @@ use super::request::Request;
 use super::shell::Shell;
 use crate::agent::protocol::{MigrationId, Nothing};
 use crate::bundle::{self, Compression, Progress};
-use crate::criu::pages::{Layout, relay};
+use crate::criu::pages::Layout;
+use crate::criu::pages::relay::{self, Lists};
 use crate::podman::{FailureLog, failure_log};
 use crate::runtime::{Checkpoint, CriuOption, Standby, Verb};
 use crate::{Config, Error, Result, runtime};
@@ -84,9 +85,17 @@ pub(super) async fn round(shell: &mut Shell, terms: &Terms<'_>) -> Result<Round>
         call = call.with_option("--parent-path", &parent(terms.rounds));
     }
     let runtime = Checkpoint::start(&shell.runtime, &call, standby.environment())?;
-    let criu = standby.ready(terms.config().shell_timeout).await?;
+    let (runtime, criu) = standby
+        .ready_for(runtime, terms.config().shell_timeout)
+        .await
+        .map_err(|error| of_criu(error.into(), &work))?;
     let path = format!("/v1/migrations/{}/rounds/{number}", terms.migration);
-    let bytes = pages(shell, terms, runtime, criu.go().await?, &path, &work).await?;
+    let lists = Lists {
+        before: shell.last_round(terms.rounds),
+        leave: Some(images),
+    };
+    let criu = criu.go().await?;
+    let bytes = pages(shell, terms, runtime, criu, lists, &path, &work).await?;
     Ok(Round {
         bytes,
         took: began.elapsed(),
@@ -105,7 +114,12 @@ pub(super) async fn send(shell: &mut Shell, terms: &Terms<'_>) -> Result<u64> {
     let (runtime, criu) = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
     let path = format!("/v1/migrations/{}/pages", terms.migration);
     let work = shell.work.clone();
-    pages(shell, terms, runtime, criu.go().await?, &path, &work).await
+    let lists = Lists {
+        before: shell.last_round(terms.rounds),
+        leave: None,
+    };
+    let criu = criu.go().await?;
+    pages(shell, terms, runtime, criu, lists, &path, &work).await
 }
 
 /// Passes on what a CRIU sends to its page server.
@@ -114,15 +128,15 @@ async fn pages(
     terms: &Terms<'_>,
     runtime: Checkpoint,
     criu: UnixStream,
+    lists: Lists,
     path: &str,
     work: &Path,
 ) -> Result<u64> {
     // Where there was no dump nobody ends the stream, and the destination takes it for cut off. Whoever
     // wants the migration to end cuts it off.
     let failed: CancellationToken = terms.request.cancel.child_token();
-    let has_parent = terms.rounds > 0;
     let pages =
-        relay::pages(criu, terms.layout, has_parent).take_until(failed.clone().cancelled_owned());
+        relay::pages(criu, terms.layout, lists).take_until(failed.clone().cancelled_owned());
     let (bytes, progress) = bundle::send(pages, Compression::None);
     let within = terms.config().shell_timeout;
     let send = shell

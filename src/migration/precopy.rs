@@ -3,10 +3,10 @@
 //! The rest engine makes no rounds: Podman's API writes one pre-dump at most, and cannot restore from it.
 //! The phase stands in the list so that a report has the same phases whatever the engine.
 //!
-//! With the direct engine memory goes ahead, where the kernel can tell what was written to since: all of it,
-//! then what has changed in that time, for as long as that gets less and the downtime would be longer than
-//! it may be. Then the container's files likewise ([`bundle::changes`]). What is left then goes in the
-//! downtime. Last, the runtimes are started on both hosts, up to CRIU.
+//! With the direct engine the container's files go ahead ([`bundle::changes`]): all of them, then what has
+//! changed in that time, for as long as that gets less. Then memory likewise, where the kernel can tell what
+//! was written to since, for as long as the downtime would be longer than it may be. What is left then goes
+//! in the downtime. Last, the runtimes are started on both hosts, up to CRIU.
 
 use std::path::Path;
 use std::time::Duration;
@@ -53,6 +53,9 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
         before = sent;
     }
     migration.mirror = Some(mirror);
+    // After the files: memory is what most is written to, and what the downtime carries of it is what was
+    // written to since the last round.
+    memory_rounds(migration).await?;
     shell::stand_by(migration).await
 }
 

@@ -57,6 +57,11 @@ impl Shell {
         make(&work)?;
         Ok((images, work))
     }
+
+    /// Where the last of so many rounds is.
+    pub fn last_round(&self, rounds: usize) -> Option<PathBuf> {
+        (rounds > 0).then(|| memory::directories(&self.staging, rounds).0)
+    }
 }
 
 /// Has Podman write the archive of the container, all but its processes, and learns how it has them saved.
@@ -161,7 +166,10 @@ pub(super) async fn stand_by(migration: &mut Migration<'_>) -> Result<()> {
         call = call.lazily(&shell.runtime);
     }
     let runtime = Checkpoint::start(&shell.runtime, &call, standby.environment())?;
-    let criu = standby.ready(within).await?;
+    let (runtime, criu) = standby
+        .ready_for(runtime, within)
+        .await
+        .map_err(|error| memory::of_criu(error.into(), &shell.work))?;
     // What the runtime has written by now the other one wants to read before it calls CRIU.
     let images = bundle::images(&shell.images, &mut shell.sent)?;
     let (bytes, progress) = bundle::send(images, Compression::None);

@@ -79,10 +79,50 @@ impl Work {
         let mut head = [0; 2];
         let (got, _) = recv(socket, &mut head[..], RecvFlags::PEEK)?;
         Ok(match head {
-            // The first field is the type: number 1, an integer.
-            [0x08, 1 | 4] if got == 2 => Some(Work::Dump),
+            // The first field is the type: number 1, an integer. Rounds of memory (`PRE_DUMP`) crun asks for
+            // one at a time (`SINGLE_PRE_DUMP`).
+            [0x08, 1 | 4 | 13] if got == 2 => Some(Work::Dump),
             [0x08, 2] if got == 2 => Some(Work::Restore),
             _ => None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+
+    use super::*;
+
+    /// What is asked for with a request of this type; the request is still there afterwards.
+    fn asked(kind: u8) -> Option<Work> {
+        let (runtime, criu) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        send(&runtime, &[0x08, kind, 0x12, 0], SendFlags::empty()).unwrap();
+        let work = Work::of(criu.as_raw_fd()).unwrap();
+        let mut left = [0; 8];
+        let (got, _) = recv(criu.as_fd(), &mut left[..], RecvFlags::empty()).unwrap();
+        assert_eq!(left[..got], [0x08, kind, 0x12, 0]);
+        work
+    }
+
+    #[test]
+    fn work_is_told_from_questions() {
+        // DUMP, PRE_DUMP, SINGLE_PRE_DUMP.
+        for dump in [1, 4, 13] {
+            assert_eq!(asked(dump), Some(Work::Dump), "{dump}");
+        }
+        assert_eq!(asked(2), Some(Work::Restore));
+        // CHECK, FEATURE_CHECK, VERSION.
+        for question in [3, 9, 10] {
+            assert_eq!(asked(question), None, "{question}");
+        }
     }
 }

@@ -16,7 +16,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 
 use super::setup::criu_path;
-use super::{Error, Result, Verb};
+use super::{Checkpoint, Error, Result, Verb};
 use crate::Config;
 
 /// The variable that names the socket.
@@ -117,6 +117,30 @@ impl Standby {
                 verb: self.verb,
                 within,
             }),
+        }
+    }
+
+    /// Waits until this runtime calls CRIU, or has ended without.
+    ///
+    /// # Errors
+    /// [`Error::NotCalled`] if it is not within that time; [`Error::Failed`] with the runtime's last words.
+    pub async fn ready_for(
+        &self,
+        mut runtime: Checkpoint,
+        within: Duration,
+    ) -> Result<(Checkpoint, OnStandby)> {
+        let not_called = Error::NotCalled {
+            verb: self.verb,
+            within,
+        };
+        tokio::select! {
+            biased;
+            ready = self.ready(within) => Ok((runtime, ready?)),
+            ended = runtime.exited() => {
+                ended?;
+                runtime.ended().await?;
+                Err(not_called)
+            }
         }
     }
 }

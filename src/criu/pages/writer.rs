@@ -34,12 +34,7 @@ impl PageWriter {
     pub fn new(directory: &Path, layout: Layout) -> PageWriter {
         PageWriter {
             reader: Reader::new(layout),
-            images: Images {
-                directory: directory.to_owned(),
-                memories: BTreeSet::new(),
-                current: None,
-                bytes: 0,
-            },
+            images: Images::new(directory, Keep::Pages),
         }
     }
 
@@ -49,13 +44,7 @@ impl PageWriter {
     /// [`Error::Pages`] if it is none of CRIU's; [`Error::Write`] if there is no room.
     pub fn feed(&mut self, piece: &[u8]) -> Result<()> {
         let PageWriter { reader, images } = self;
-        reader.read(piece, |seen| match seen {
-            Seen::Command(Command::Open(memory)) => images.open(memory),
-            Seen::Command(Command::Add(memory, run)) => images.add(memory, run),
-            Seen::Pages(pages) => images.write(pages),
-            // Has been answered at the source.
-            Seen::Command(Command::HasParent(_) | Command::Close) => Ok(()),
-        })
+        reader.read(piece, |seen| images.take(&seen))
     }
 
     /// The stream has come to its end. Returns how many bytes of pages there were.
@@ -70,10 +59,20 @@ impl PageWriter {
     }
 }
 
+/// What of the images is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// All of them.
+    Pages,
+    /// Only which pages there are.
+    Lists,
+}
+
 /// The images of all memories.
 #[derive(Debug)]
-struct Images {
+pub(super) struct Images {
     directory: PathBuf,
+    keep: Keep,
     /// Those that have come.
     memories: BTreeSet<Memory>,
     /// Whose pages come. CRIU's page server has one at a time as well: were the others left open, who
@@ -83,6 +82,27 @@ struct Images {
 }
 
 impl Images {
+    pub(super) fn new(directory: &Path, keep: Keep) -> Images {
+        Images {
+            directory: directory.to_owned(),
+            keep,
+            memories: BTreeSet::new(),
+            current: None,
+            bytes: 0,
+        }
+    }
+
+    /// Takes what comes next.
+    pub(super) fn take(&mut self, seen: &Seen<'_>) -> Result<()> {
+        match *seen {
+            Seen::Command(Command::Open(memory)) => self.open(memory),
+            Seen::Command(Command::Add(memory, run)) => self.add(memory, run),
+            Seen::Pages(pages) if self.keep == Keep::Pages => self.write(pages),
+            // Parents have been answered for at the source.
+            Seen::Pages(_) | Seen::Command(Command::HasParent(_) | Command::Close) => Ok(()),
+        }
+    }
+
     fn add(&mut self, memory: Memory, run: Run) -> Result<()> {
         let failed = failed(&self.directory, "the list of pages");
         match &mut self.current {
@@ -105,10 +125,6 @@ impl Images {
         if self.memories.len() >= MOST_MEMORIES || !self.memories.insert(memory) {
             return Err(Error::Pages("too many memories, or one that comes twice"));
         }
-        let name = match memory {
-            Memory::Process(number) => format!("pagemap-{number}.img"),
-            Memory::Shared(number) => format!("pagemap-shmem-{number}.img"),
-        };
         let make = |name: String| {
             let path = self.directory.join(name);
             File::create_new(&path).map_err(|source| Error::Write {
@@ -118,7 +134,7 @@ impl Images {
             })
         };
         let mut image = Image {
-            pagemap: BufWriter::new(make(name)?),
+            pagemap: BufWriter::new(make(memory.list())?),
             pages: make(format!("pages-{number}.img"))?,
         };
         let failed = failed(&self.directory, "the list of pages");
@@ -135,7 +151,7 @@ impl Images {
         image.pagemap.flush().map_err(failed)
     }
 
-    fn finish(mut self) -> Result<u64> {
+    pub(super) fn finish(mut self) -> Result<u64> {
         self.close()?;
         Ok(self.bytes)
     }
