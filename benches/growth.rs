@@ -217,7 +217,7 @@ fn chart(points: &[Point]) -> String {
                 let how = if percent == 0 {
                     "idle"
                 } else {
-                    "10 % rewritten a second"
+                    "10 % a second"
                 };
                 drawing.key(at, stroke(colour, percent), &format!("{engine}, {how}"));
                 at.0 += 230.0;

@@ -207,9 +207,7 @@ async fn a_rehearsal_leaves_nothing() {
             "prepare", "precopy", "hold", "freeze", "transfer", "restore",
         ] {
             let command = [&["--engine", "direct", "--rehearse", phase], more].concat();
-            let began = std::time::Instant::now();
             let output = pair.try_migrate("web", 1, 2, &command).await;
-            println!("{phase} {more:?}: {:?}", began.elapsed());
             assert_eq!(output.status.code(), Some(0), "{phase} {more:?}: {output}");
             for (host, before) in [h1, h2].into_iter().zip(&before) {
                 host.assert_as_before(before).await;

@@ -588,6 +588,18 @@ async fn containers_that_cannot_be_taken_apart_from_their_host() {
         )
         .await;
     refuse("ring", "io-uring-in-use", &["io_uring"], "io_uring").await;
+    // As Debian has it: /usr/libexec/podman/catatonit is a link.
+    idle(source, "begun", &["--init"]).await;
+    let hint = "--init-path /usr/bin/catatonit";
+    refuse("begun", "bind-source-link", &["/run/podman-init"], hint).await;
+    idle(source, "guest", &["--read-only", "--user", "0:0"]).await;
+    refuse(
+        "guest",
+        "users-made-by-podman",
+        &["/etc/group"],
+        "/etc/passwd",
+    )
+    .await;
     source.run_workload("paths", &[], &["mptcp", "7000"]).await;
     refuse("paths", "socket-not-dumpable", &["MPTCP"], "plain TCP").await;
     pair.down().await;

@@ -27,6 +27,9 @@ pub async fn measure(known: Known, workload: Workload, engine: Engine) -> Value 
         .run_workload(CONTAINER, &["-p", &publish], &command)
         .await;
     let address = source.ip();
+    if workload != Workload::ECHO {
+        until_it_listens(client, &address).await;
+    }
     let mut arguments = vec!["client-echo", &address, PORT, "--every-ms", "2"];
     arguments.extend(["--grace-ms", GRACE_MS]);
     let connected = client.spawn(&arguments).await;
@@ -72,6 +75,21 @@ pub async fn measure(known: Known, workload: Workload, engine: Engine) -> Value 
     run["client"] = seen;
     hosts.down().await;
     run
+}
+
+/// Waits for the container's program, which listens once it has all of its memory. A client gives up
+/// before it has the largest.
+async fn until_it_listens(client: &Node, address: &str) {
+    const TRIES: usize = 12;
+    for _ in 1..TRIES {
+        let ask = client.try_exec(&["workload", "ask", address, PORT, "info"]);
+        if ask.await.status.success() {
+            return;
+        }
+    }
+    client
+        .exec(&["workload", "ask", address, PORT, "info"])
+        .await;
 }
 
 /// What the container's program says of its memory after having looked at every page.

@@ -141,6 +141,10 @@ codes! {
     VolumeExists = "volume-exists",
     /// The source of a bind mount is not there at the destination.
     BindSourceMissing = "bind-source-missing",
+    /// The source of a bind mount is a symbolic link.
+    BindSourceLink = "bind-source-link",
+    /// The container has a list of users that Podman made for it.
+    UsersMadeByPodman = "users-made-by-podman",
     /// A secret is not there at the destination.
     SecretMissing = "secret-missing",
     /// The destination takes no privileged containers.

@@ -339,7 +339,7 @@ const PROTOCOLS: &[&str] = &[
     "SCTP", "SCTPv6", "SMC", "SMC6", "TIPC", "XDP",
 ];
 
-/// Those of [`PROTOCOLS`] of which there are sockets in the network namespace of a process.
+/// Those of `PROTOCOLS` of which there are sockets in the network namespace of a process.
 ///
 /// # Errors
 /// [`Error::Read`] if they may not be read.

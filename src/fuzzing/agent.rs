@@ -1,6 +1,7 @@
 //! Readers of what another host says.
 
 use std::net::IpAddr;
+use std::sync::LazyLock;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -130,9 +131,9 @@ pub fn documents(input: &[u8]) {
     };
     let (container, host) = agreed_container();
     let agreed = Agreed {
-        container: &container,
+        container,
         policy: &policy,
-        host: &host,
+        host,
     };
     let documents = Documents::of(&[(CONFIG_DUMP, config), (SPEC_DUMP, spec)]);
     if agreed.judge(&documents).is_ok() && how & 1 == 0 {
@@ -158,8 +159,11 @@ pub fn documents(input: &[u8]) {
 }
 
 /// The container that was offered, and the host that it comes to.
-fn agreed_container() -> (Container, HostInfo) {
-    crate::podman::fuzzing::offered(include_str!("../migration/testdata/inspect.json"))
+fn agreed_container() -> &'static (Container, HostInfo) {
+    static OFFERED: LazyLock<(Container, HostInfo)> = LazyLock::new(|| {
+        crate::podman::fuzzing::offered(include_str!("../migration/testdata/inspect.json"))
+    });
+    &OFFERED
 }
 
 /// Invitations, and names of hosts. A token is printed as it was read.

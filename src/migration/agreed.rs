@@ -350,6 +350,7 @@ impl Agreed<'_> {
         let volume_root = host.volume_root.clone();
         let volume_root = volume_root.unwrap_or_else(|| host.graph_root.join("volumes"));
         let agreed = is_own(source, container, host)
+            || is_init(source, destination, &mount["options"])
             || container.mounts.iter().any(|offered| match offered {
                 Mount::Bind {
                     source: s,
@@ -377,6 +378,28 @@ impl Agreed<'_> {
             ))
         }
     }
+}
+
+/// Where `--init` puts the program that is then the first process (`ContainerInitPath` in Podman's
+/// libpod/define/config.go).
+pub(super) const INIT: &str = "/run/podman-init";
+/// Where Podman looks for it (`defaultHelperBinariesDir` in containers/common's config_linux.go, and its
+/// `FindInitBinary`).
+const INITS: [&str; 5] = [
+    "/usr/libexec/podman/catatonit",
+    "/usr/local/libexec/podman/catatonit",
+    "/usr/local/lib/podman/catatonit",
+    "/usr/lib/podman/catatonit",
+    "/usr/bin/catatonit",
+];
+
+/// Whether it is the program for `--init`, which nobody can write to.
+fn is_init(source: &Path, destination: &Path, options: &Value) -> bool {
+    destination == Path::new(INIT)
+        && INITS.iter().any(|path| source == Path::new(path))
+        && texts(options).any(|option| option == "ro")
+        // The last one counts.
+        && !texts(options).any(|option| option == "rw")
 }
 
 /// Podman joins these to the container's directory and removes what is there.
@@ -674,6 +697,29 @@ mod tests {
         match field.parse::<usize>() {
             Ok(index) => parent[index] = value,
             Err(_) => parent[field] = value,
+        }
+    }
+
+    #[test]
+    fn the_program_of_init_is_mounted_to_be_read() {
+        let scene = Scene::set();
+        let config = scene.read(CONFIG);
+        let judge = |source: &str, options: &[&str]| {
+            let mut spec = scene.read(SPEC);
+            let mount = json!({
+                "destination": INIT, "type": "bind", "source": source, "options": options,
+            });
+            spec["mounts"].as_array_mut().unwrap().push(mount);
+            scene.judge(&config, &spec)
+        };
+        assert_eq!(judge(INITS[0], &["bind", "ro"]), Ok(()));
+        for (source, options) in [
+            (INITS[0], &["bind"][..]),
+            (INITS[0], &["bind", "ro", "rw"]),
+            ("/usr/libexec/podman", &["bind", "ro"]),
+            ("/etc/shadow", &["bind", "ro"]),
+        ] {
+            judge(source, options).unwrap_err();
         }
     }
 

@@ -9,7 +9,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use ipnetwork::IpNetwork;
+use serde_json::Value;
 
+use super::agreed::INIT;
 use super::arrival::forbidden;
 use crate::agent::protocol::{Assessment, Offer};
 use crate::conntrack::{CannotKeep, Flow};
@@ -72,6 +74,7 @@ pub(super) fn at_source(
         ));
     }
     findings.extend(not_dumpable(container));
+    findings.extend(mounted(container));
     namespaces(container, &mut findings);
     storage(container, &mut findings);
     what_stays_behind(container, &mut findings);
@@ -151,6 +154,66 @@ pub(super) fn by_podman(container: &Container) -> Vec<Finding> {
         });
     }
     findings
+}
+
+/// What the container has mounted that is not there again, or not as it was, when it is restored. The
+/// runtime's own configuration tells: Podman says nothing of what it mounts by itself.
+fn mounted(container: &Container) -> Vec<Finding> {
+    let file = container.static_dir.join("config.json");
+    let spec: Option<Value> = std::fs::read(&file)
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok());
+    let Some(spec) = spec else {
+        tracing::warn!(file = %file.display(), "the runtime's configuration cannot be read");
+        return Vec::new();
+    };
+    let mut findings = Vec::new();
+    for mount in spec["mounts"].as_array().into_iter().flatten() {
+        let text = |field: &str| Path::new(mount[field].as_str().unwrap_or_default());
+        let (source, destination) = (text("source"), text("destination"));
+        if mount["type"] == "bind" {
+            findings.extend(link(source, destination, Side::Source));
+        }
+        if ["passwd", "group"]
+            .map(|name| container.static_dir.join(name))
+            .contains(&source.into())
+        {
+            findings.push(Finding::refuse(
+                Code::UsersMadeByPodman,
+                format!(
+                    "Podman has made {} for `{}`, and does not make it again for its restore",
+                    destination.display(),
+                    container.name
+                ),
+                "have the user and the group in the image's /etc/passwd and /etc/group, or run it \
+                 without --read-only",
+            ));
+        }
+    }
+    findings
+}
+
+/// CRIU mounts the source of a bind mount by its name, without following it where that is a link, and
+/// fails.
+fn link(source: &Path, destination: &Path, side: Side) -> Option<Finding> {
+    let target = std::fs::read_link(source).ok()?;
+    let what = format!(
+        "{}, mounted on {}, is a symbolic link at {side}, which CRIU cannot mount",
+        source.display(),
+        destination.display()
+    );
+    let target = source.parent().unwrap_or(source).join(target);
+    let target = std::fs::canonicalize(&target).unwrap_or(target);
+    let next = if destination == Path::new(INIT) {
+        format!(
+            "start it with --init-path {0}, or with `init_path = \"{0}\"` under [containers] in \
+             containers.conf",
+            target.display()
+        )
+    } else {
+        format!("mount {} instead", target.display())
+    };
+    Some(Finding::refuse(Code::BindSourceLink, what, next))
 }
 
 fn namespaces(container: &Container, findings: &mut Vec<Finding>) {
@@ -695,6 +758,9 @@ async fn mounts(podman: &Client, container: &Container, findings: &mut Vec<Findi
                     format!("{}, mounted on {}, is not there at the destination", source.display(), destination.display()),
                     format!("put {} there; livemig does not copy bind mounts", source.display()),
                 ));
+            }
+            Mount::Bind { source, destination, .. } => {
+                findings.extend(link(source, destination, Side::Destination));
             }
             _ => {}
         }

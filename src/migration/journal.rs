@@ -363,6 +363,7 @@ pub fn left_behind(dir: &Path) -> Result<Vec<PathBuf>, JournalError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::effect::Asked;
 
     fn hop(user: &str) -> Effect {
         Effect::Hop {
@@ -387,6 +388,32 @@ mod tests {
         let journal = Journal::open(&path).unwrap();
         assert!(journal.committed());
         assert_eq!(journal.effects(), [hop("first")]);
+    }
+
+    #[test]
+    fn what_is_owed_to_the_destination_is_all_that_is_left_of_one_kept_here() {
+        let dir = tempfile::tempdir().unwrap();
+        let migration = MigrationId::random().unwrap();
+        let mut journal = Journal::create(dir.path(), &migration).unwrap();
+        let destination = Effect::Destination {
+            peer: "h2".to_owned(),
+            migration,
+            asked: Asked::Restore,
+        };
+        journal.will([hop("first"), destination.clone()]).unwrap();
+        journal.keep_here().unwrap();
+        let path = journal.path.clone();
+        drop(journal);
+
+        let mut journal = Journal::open(&path).unwrap();
+        assert!(journal.kept_here() && !journal.committed());
+        assert_eq!(journal.effects(), [hop("first"), destination.clone()]);
+        journal.owed().unwrap();
+        assert_eq!(journal.effects(), std::slice::from_ref(&destination));
+        drop(journal);
+        let journal = Journal::open(&path).unwrap();
+        assert!(journal.kept_here());
+        assert_eq!(journal.effects(), [destination]);
     }
 
     #[test]

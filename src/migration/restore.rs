@@ -1,14 +1,16 @@
 //! The one round trip of the downtime: the container goes out, "running" comes back.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::{HeaderMap, Method};
 
-use super::{Cargo, Event, Hands, Migration, Part, connect};
-use crate::agent::protocol::{MigrationId, Running, Stage, Status};
+use super::{Cargo, Event, Migration, Part, connect};
+use crate::agent::Peer;
+use crate::agent::protocol::{MigrationId, Nothing, Running, Stage, Status};
+use crate::bundle::Progress;
 use crate::bundle::splice::STATS_DUMP;
 use crate::criu::DumpStats;
-use crate::{Error, Result};
+use crate::{Config, Error, Result};
 
 /// How often the observer is told how much has been sent.
 const TOLD_EVERY: Duration = Duration::from_millis(250);
@@ -33,11 +35,17 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
         );
         let mut answer = std::pin::pin!(answer);
         let mut tick = tokio::time::interval(TOLD_EVERY);
-        let mut news = std::pin::pin!(news(&migration.hands, &migration.request.to, &migration.id));
+        let inquiry = Inquiry {
+            config: &migration.request.config,
+            peer: &migration.peer,
+            migration: &migration.id,
+            progress: &stream.progress,
+        };
+        let mut news = std::pin::pin!(inquiry.news());
         loop {
             tokio::select! {
                 answer = &mut answer => break (answer.map_err(Error::of_host(&migration.request.to))?, false),
-                news = &mut news => break match news {
+                news = &mut news => break match news? {
                     Some(running) => (running, true),
                     // It may have said why, just now.
                     None => match tokio::time::timeout(LAST_WORDS, &mut answer).await {
@@ -93,27 +101,58 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Asks over new connections what has become of the container: whether it runs, or whether the destination
-/// knows nothing of it any more.
-///
-/// A connection that was cut for half a minute is silent for another: TCP waits for longer and longer before
-/// it tries again, and a destination that was started anew says nothing at all. A new one gets through at
-/// once. While the container is being restored the answer takes as long as that.
-async fn news(hands: &Hands, peer: &str, migration: &MigrationId) -> Option<Running> {
-    loop {
-        tokio::time::sleep(ASK_EVERY).await;
-        match hands.status_at(peer, migration).await {
-            Ok(Status {
-                stage: Stage::Running,
-                running: Some(running),
-            }) => return Some(running),
-            // It has not had all of the container yet, or is at work on it.
-            Ok(Status {
-                stage: Stage::Prepared | Stage::Restoring,
-                ..
-            }) => {}
-            Ok(_) => return None,
-            Err(error) => tracing::debug!(%error, peer, "asked anew, and no answer"),
+/// Whom to ask anew, and what about.
+struct Inquiry<'a> {
+    config: &'a Config,
+    peer: &'a Peer,
+    migration: &'a MigrationId,
+    progress: &'a Progress,
+}
+
+impl Inquiry<'_> {
+    /// Asks over new connections what has become of the container: whether it runs, or whether the
+    /// destination knows nothing of it any more.
+    ///
+    /// A connection that was cut for half a minute is silent for another: TCP waits for longer and longer
+    /// before it tries again, and a destination that was started anew says nothing at all. A new one gets
+    /// through at once. While the container is being restored the answer takes as long as that.
+    ///
+    /// # Errors
+    /// When the destination cannot be reached for [`Config::doubt_timeout`], and nothing of the container
+    /// goes to it in that time either.
+    async fn news(&self) -> Result<Option<Running>> {
+        let mut reached = (Instant::now(), self.progress.wire());
+        loop {
+            tokio::time::sleep(ASK_EVERY).await;
+            let sent = self.progress.wire();
+            if sent != reached.1 {
+                reached = (Instant::now(), sent);
+            }
+            let mut connection = match connect(self.config, self.peer).await {
+                Ok(connection) => connection,
+                Err(error) if reached.0.elapsed() >= self.config.doubt_timeout => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "asked anew, and not reached");
+                    continue;
+                }
+            };
+            reached.0 = Instant::now();
+            let path = format!("/v1/migrations/{}", self.migration);
+            match connection.call(Method::GET, &path, &Nothing {}).await {
+                Ok(Status {
+                    stage: Stage::Running,
+                    running: Some(running),
+                }) => return Ok(Some(running)),
+                // It has not had all of the container yet, or is at work on it.
+                Ok(Status {
+                    stage: Stage::Prepared | Stage::Restoring,
+                    ..
+                }) => {}
+                Ok(_) => return Ok(None),
+                Err(error) => tracing::debug!(%error, "asked anew, and no answer"),
+            }
         }
     }
 }

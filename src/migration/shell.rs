@@ -1,7 +1,7 @@
 //! The container without its processes, made at the destination while they run here.
 //!
 //! Podman is asked for a checkpoint, and its runtime, which is livemig, says at once that it is done
-//! ([`runtime`](crate::runtime)). What Podman exports then is the **shell**: configuration and
+//! ([`runtime`]). What Podman exports then is the **shell**: configuration and
 //! networks. The destination makes a container of it, down to the last step, and waits there. Files
 //! follow in rounds ([`precopy`](super::precopy)), the last of them with the memory.
 

@@ -1,7 +1,7 @@
 //! Where livemig and the wrapper of the runtime meet.
 //!
 //! Whoever has asked Podman for a checkpoint or a restore listens on a socket named after it. The wrapper
-//! connects, says how it was called ([`Call`]), and is told what to do ([`Order`]); if it is to run the
+//! connects, says how it was called (`Call`), and is told what to do (`Order`); if it is to run the
 //! real runtime it says how that ended ([`Outcome`]). Each is one line of JSON.
 //!
 //! The directory of these sockets is root's alone, as both sides are.

@@ -193,12 +193,7 @@ impl Fault {
                 ended
             }
             Fault::MemoryLimit => {
-                let verb = if moment == Moment::Freeze {
-                    "checkpoint"
-                } else {
-                    "restore"
-                };
-                let limit = limit::Limit::of(at_work, verb);
+                let limit = limit::Limit::of(at_work, moment.gate(what));
                 let ended = go_on(&way_on, migration).await;
                 drop(limit);
                 ended
@@ -265,8 +260,8 @@ mod limit {
 
     use super::Node;
 
-    /// Less than the runtime alone needs, in bytes.
-    const BYTES: &str = "4194304";
+    /// Less than CRIU alone needs, in bytes.
+    const BYTES: &str = "1048576";
 
     /// The cgroup, removed when dropped.
     pub struct Limit(PathBuf);

@@ -4,6 +4,16 @@
 use super::lab::pair::Pair;
 use super::lab::{LOOK, Node, Process, gate};
 
+/// What the command is told to have this engine move a container.
+pub fn arguments(engine: &str) -> &'static [&'static str] {
+    match engine {
+        "rest" => &["--engine", "rest"],
+        "direct" => &["--engine", "direct"],
+        "postcopy" => &["--engine", "direct", "--post-copy"],
+        other => panic!("there is no engine {other}"),
+    }
+}
+
 /// What is to move, and how.
 #[derive(Debug, Clone, Copy)]
 pub struct Move {
@@ -26,11 +36,11 @@ pub enum Moment {
     Precopy,
     /// Packets wait.
     Hold,
-    /// Packets wait, the processes stand still, Podman's runtime is about to dump them.
+    /// Packets wait, the processes stand still, and are about to be dumped.
     Freeze,
     /// They are dumped, and the connections marked.
     Transfer,
-    /// The destination has all of the container, and its Podman's runtime is about to restore it.
+    /// The destination has all of the container, and is about to restore it.
     Restore,
     /// The copy runs, and nobody has heard it.
     Steer,
@@ -40,15 +50,18 @@ pub enum Moment {
     Removal,
 }
 
+/// The gate before CRIU.
+const CRIU: &str = "criu";
+
 /// How the migration is made to stand still there.
 enum Halt {
     /// By itself, as it tells of this event.
     Event(&'static str),
     /// Because the destination's Podman does not answer.
     Podman,
-    /// At the gate before this verb of the source's runtime.
+    /// At the gate before this verb of the source's runtime, or before CRIU there.
     Source(&'static str),
-    /// At the gate before this verb of the destination's.
+    /// At such a gate at the destination.
     Destination(&'static str),
 }
 
@@ -90,8 +103,11 @@ impl Moment {
         }
     }
 
-    fn halt(self) -> Halt {
+    /// With the direct engine the runtimes have been called before, and CRIU waits for the word.
+    fn halt(self, engine: &str) -> Halt {
         match self {
+            Moment::Freeze if engine != "rest" => Halt::Source(CRIU),
+            Moment::Restore if engine != "rest" => Halt::Destination(CRIU),
             Moment::Preflight => Halt::Event("started:preflight"),
             Moment::Prepare => Halt::Podman,
             Moment::Precopy => Halt::Event("started:precopy"),
@@ -115,9 +131,9 @@ impl Moment {
                 from,
                 to,
             } = what;
-            pair.spawn_migration_with(container, from, to, &["--engine", engine], &variables)
+            pair.spawn_migration_with(container, from, to, arguments(engine), &variables)
         };
-        let (host, verb) = match self.halt() {
+        let (host, verb) = match self.halt(what.engine) {
             Halt::Event(event) => {
                 let migration = begin(event);
                 migration.stands_still().await;
@@ -138,16 +154,32 @@ impl Moment {
             Halt::Source(verb) => (pair.host(what.from), verb),
             Halt::Destination(verb) => (pair.host(what.to), verb),
         };
-        gate::close(host, verb).await;
-        let migration = begin("");
+        let migration = if verb == CRIU {
+            let migration = begin("started:hold");
+            migration.stands_still().await;
+            gate::close(host, verb).await;
+            migration.go_on();
+            migration
+        } else {
+            gate::close(host, verb).await;
+            begin("")
+        };
         gate::reached(host, verb).await;
         migration
+    }
+
+    /// The gate at which CRIU, or the runtime that calls it, waits at this moment.
+    pub fn gate(self, what: Move) -> &'static str {
+        match self.halt(what.engine) {
+            Halt::Source(verb) | Halt::Destination(verb) => verb,
+            Halt::Event(_) | Halt::Podman => panic!("nobody waits at a gate"),
+        }
     }
 
     /// What lets it go on from there.
     pub fn way_on(self, pair: &Pair, what: Move) -> WayOn {
         WayOn {
-            halt: self.halt(),
+            halt: self.halt(what.engine),
             source: pair.host(what.from).clone(),
             destination: pair.host(what.to).clone(),
         }

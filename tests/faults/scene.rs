@@ -122,8 +122,8 @@ impl Scene {
     pub async fn set(engine: &'static str, furniture: Furniture) -> Scene {
         let lab = Lab::builder(2).storage_size(STORAGE);
         let pair = match engine {
-            "direct" => Pair::direct(lab).await,
-            _ => Pair::of(lab).await,
+            "rest" => Pair::of(lab).await,
+            _ => Pair::direct(lab).await,
         };
         for number in [1, 2] {
             let host = pair.host(number);

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::fault::Fault;
 use super::lab::{LOOK, Process};
-use super::moment::{Moment, Move};
+use super::moment::{Moment, Move, arguments};
 use super::scene::{self, NAME, Scene};
 
 /// Datagrams a second.
@@ -91,6 +91,7 @@ pub async fn soak() -> ExitCode {
     let seed: u64 = number("LIVEMIG_SOAK_SEED").unwrap_or(now % 1_000_000);
     let engine = match std::env::var("LIVEMIG_FAULTS_ENGINES").as_deref() {
         Ok("direct") => "direct",
+        Ok("postcopy") => "postcopy",
         _ => "rest",
     };
     println!("{runs} migrations, engine {engine}, LIVEMIG_SOAK_SEED={seed}\n");
@@ -145,7 +146,7 @@ pub async fn soak() -> ExitCode {
             None => {
                 scene
                     .pair
-                    .spawn_migration(NAME, from, to, &["--engine", engine])
+                    .spawn_migration(NAME, from, to, arguments(engine))
                     .finish()
                     .await
             }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::ENGINES;
 use super::fault::Fault;
 use super::moment::Moment;
 use super::scene::Seen;
@@ -100,8 +101,8 @@ impl Table {
     pub fn of(mut rows: Vec<Cell>) -> Table {
         let moment = |cell: &Cell| Moment::ALL.iter().position(|other| *other == cell.moment);
         let fault = |cell: &Cell| Fault::ALL.iter().position(|other| *other == cell.fault);
-        // The engines' own order is that of the alphabet, backwards.
-        rows.sort_by_key(|cell| (std::cmp::Reverse(cell.engine), moment(cell), fault(cell)));
+        let engine = |cell: &Cell| ENGINES.iter().position(|other| *other == cell.engine);
+        rows.sort_by_key(|cell| (engine(cell), moment(cell), fault(cell)));
         Table(rows)
     }
 

@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use super::{LOOK, Node};
 
-/// Puts a gate before the runtime: `/run/gate-VERB` makes `runc VERB` wait for as long as the file
-/// is there, and `/run/gate-VERB.here`, with its process's number, says that it does.
+/// Puts gates before the runtime and before CRIU: `/run/gate-VERB` makes `runc VERB` wait for as long as
+/// the file is there, `/run/gate-criu` makes CRIU wait when it is to do something, and
+/// `/run/gate-VERB.here`, with its process's number, says that somebody waits.
 pub async fn install(host: &Node) {
     host.sh(r#"runc=$(readlink -f "$(command -v runc)")
         mv "$runc" "$runc.real"
@@ -24,7 +25,21 @@ if [ -n "\$verb" ] && [ -e /run/gate-\$verb ]; then
 fi
 exec "$runc.real" "\$@"
 END
-        chmod 755 "$runc""#)
+        criu=$(readlink -f "$(command -v criu)")
+        mv "$criu" "$criu.real"
+        cat >"$criu" <<END
+#!/bin/sh
+if [ "\$1" = swrk ]; then
+    if [ -e /run/gate-criu ]; then
+        echo \$\$ >/run/gate-criu.here
+        while [ -e /run/gate-criu ]; do sleep 0.02; done
+        rm -f /run/gate-criu.here
+    fi
+    [ ! -e /run/criu-fails ] || exit 1
+fi
+exec "$criu.real" "\$@"
+END
+        chmod 755 "$runc" "$criu""#)
         .await;
 }
 
@@ -54,17 +69,12 @@ pub async fn reached(host: &Node, verb: &str) {
 
 /// Makes every use of CRIU on a host fail that is more than a look.
 pub async fn break_criu(host: &Node) {
-    host.sh(r#"criu=$(readlink -f "$(command -v criu)")
-        mv "$criu" "$criu.real"
-        printf '#!/bin/sh\n[ "$1" != swrk ] || exit 1\nexec %s.real "$@"\n' "$criu" >"$criu"
-        chmod 755 "$criu""#)
-        .await;
+    host.sh(": >/run/criu-fails").await;
 }
 
 /// Makes it work again.
 pub async fn mend_criu(host: &Node) {
-    host.sh(r#"criu=$(readlink -f "$(command -v criu)"); mv -f "$criu.real" "$criu""#)
-        .await;
+    host.sh("rm /run/criu-fails").await;
 }
 
 /// Stops Podman's service, so that whatever asks it waits (STOP), or lets it go on (CONT), or ends it
