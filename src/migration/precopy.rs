@@ -28,6 +28,8 @@ use crate::{Error, Result};
 const WORTH_A_ROUND: u64 = 32 << 20;
 /// What of the downtime is not memory, roughly: where it was measured, 40 to 80 ms.
 const OTHER_PARTS: Duration = Duration::from_millis(60);
+/// How long Podman waits for a runtime (`ContainerCreateTimeout` in `libpod/define/config.go`).
+const PODMAN_WAITS: Duration = Duration::from_secs(240);
 /// So few bytes are sent in the last round as quickly as in another one before.
 const FEW: u64 = 1 << 20;
 
@@ -89,12 +91,16 @@ async fn memory_rounds(migration: &mut Migration<'_>) -> Result<()> {
             bytes: round.bytes,
             total: Some(round.bytes),
         });
+        // Podman's patience is not what the container should fail for.
+        let waited = shell.made.map_or(Duration::ZERO, |made| made.elapsed());
+        let in_time = waited + round.took < PODMAN_WAITS / 2;
         let before = migration.rounds.last().map_or(memory, |last| last.bytes);
         let first = migration.rounds.is_empty();
         migration.rounds.push(round);
         // What the next round, or the downtime, has to carry if it goes on like this: what was written to
         // in the time that this one took. If that is in the budget, or does not get less, it is time.
-        if !first && (within_budget(migration, round) || round.bytes > before / 10 * 7) {
+        if !in_time || !first && (within_budget(migration, round) || round.bytes > before / 10 * 7)
+        {
             break;
         }
     }

@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -39,6 +40,8 @@ pub(super) struct Shell {
     pub work: PathBuf,
     /// What Podman has written of the container.
     archive: Option<BoxStream<'static, bundle::Result<Bytes>>>,
+    /// When the destination had made the container, and Podman there began to wait for its processes.
+    pub made: Option<Instant>,
     /// Which of the images have gone ahead.
     pub sent: BTreeSet<PathBuf>,
     /// A connection to the destination for nothing but memory, so that opening one costs no downtime.
@@ -101,6 +104,7 @@ pub(super) async fn take(migration: &mut Migration<'_>) -> Result<()> {
             images,
             work,
             archive: None,
+            made: None,
             sent: BTreeSet::new(),
             for_pages,
             standby: None,
@@ -139,6 +143,7 @@ pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
         .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within)
         .await
         .map_err(Error::of_host(&migration.request.to))?;
+    shell.made = Some(Instant::now());
     migration.bytes_sent += progress.wire();
     Ok(())
 }
