@@ -3,10 +3,10 @@
 //! The rest engine makes no rounds: Podman's API writes one pre-dump at most, and cannot restore from it.
 //! The phase stands in the list so that a report has the same phases whatever the engine.
 //!
-//! With the direct engine the container's files go ahead ([`bundle::changes`]): all of them, then what has
-//! changed in that time, for as long as that gets less. Then memory likewise, where the kernel can tell what
-//! was written to since, for as long as the downtime would be longer than it may be. What is left then goes
-//! in the downtime. Last, the runtimes are started on both hosts, up to CRIU.
+//! With the direct engine memory goes ahead, where the kernel can tell what was written to since: all of it,
+//! then what has changed in that time, for as long as that gets less and the downtime would be longer than
+//! it may be. Then the container's files likewise ([`bundle::changes`]), and once more what has changed in
+//! memory. What is left then goes in the downtime. Last, the runtimes are started on both hosts, up to CRIU.
 
 use std::path::Path;
 use std::time::Duration;
@@ -37,7 +37,13 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
     if migration.shell.is_none() {
         return Ok(());
     }
-    memory_rounds(migration).await?;
+    let most = match migration.request.post_copy {
+        // What the destination lacks then it fetches.
+        true => migration.request.most_rounds.min(1),
+        false => migration.request.most_rounds,
+    };
+    // One of several is left for the end.
+    memory_rounds(migration, if most > 1 { most - 1 } else { most }).await?;
     shell::send(migration).await?;
     let mut mirror = Mirror::new(sources(&migration.preflight.container)?);
     let mut before = u64::MAX;
@@ -55,25 +61,23 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
         before = sent;
     }
     migration.mirror = Some(mirror);
-    // After the files: memory is what most is written to, and what the downtime carries of it is what was
-    // written to since the last round.
-    memory_rounds(migration).await?;
+    // What the downtime carries of the memory is what was written to since the last round: all of the time that
+    // the container and its files took.
+    if most > 1 && !migration.rounds.is_empty() {
+        memory_rounds(migration, 1).await?;
+    }
+    give_up_if_over(migration)?;
     shell::stand_by(migration).await
 }
 
 /// Copies memory for as long as the next round is likely to leave less to the downtime.
-async fn memory_rounds(migration: &mut Migration<'_>) -> Result<()> {
+async fn memory_rounds(migration: &mut Migration<'_>, most: usize) -> Result<()> {
     let memory = migration.preflight.offer.memory;
     let tracks = |criu: &Criu| criu.dirty_tracking;
     let criu = &migration.preflight.offer.features.criu;
     if !criu.as_ref().is_some_and(tracks) || memory < WORTH_A_ROUND {
         return Ok(());
     }
-    let most = match migration.request.post_copy {
-        // What the destination lacks then it fetches.
-        true => migration.request.most_rounds.min(1),
-        false => migration.request.most_rounds,
-    };
     for _ in 0..most {
         migration.may_go_on(migration.clock.phase())?;
         let terms = memory::Terms::of(
@@ -104,6 +108,11 @@ async fn memory_rounds(migration: &mut Migration<'_>) -> Result<()> {
             break;
         }
     }
+    Ok(())
+}
+
+/// Ends the migration, where that was asked for, if the downtime would be longer than it may be.
+fn give_up_if_over(migration: &Migration<'_>) -> Result<()> {
     let over = migration.request.when_over == WhenOver::GiveUp;
     match migration.rounds.last() {
         Some(last) if over && migration.rounds.len() > 1 && !within_budget(migration, *last) => {

@@ -463,7 +463,7 @@ fn went_ahead(clock: &Clock, case: &str, engine: &Engine, memory: u64, report: &
     match engine.name {
         "precopy" => {
             assert!(rounds.len() >= 2, "{case}: only {rounds:?}");
-            // Since the last round began.
+            // Since the last round began, and what was between the rounds.
             let phase = |name: &str| {
                 let phases = report["phases"].as_array().into_iter().flatten();
                 let phase = phases.filter(|phase| phase["name"] == name);
@@ -479,7 +479,7 @@ fn went_ahead(clock: &Clock, case: &str, engine: &Engine, memory: u64, report: &
             // and what CRIU itself needs come on top.
             let most = changed + f64::from(5 << 20);
             clock.show(&format!(
-                "since the last round began {} MiB were written to in {seconds:.1} s",
+                "since the last round began at most {} MiB were written to, in {seconds:.1} s",
                 mib(changed)
             ));
             assert!(
