@@ -205,11 +205,7 @@ async fn a_rehearsal_leaves_nothing() {
         ] {
             let command = [&["--engine", "direct", "--rehearse", phase], more].concat();
             let output = pair.try_migrate("web", 1, 2, &command).await;
-            assert_eq!(
-                output.status.code(),
-                Some(0),
-                "{phase} {more:?}: {output}"
-            );
+            assert_eq!(output.status.code(), Some(0), "{phase} {more:?}: {output}");
             for (host, before) in [h1, h2].into_iter().zip(&before) {
                 host.assert_as_before(before).await;
             }
