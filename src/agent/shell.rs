@@ -13,6 +13,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::Stream;
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open, pidfd_send_signal,
+};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
@@ -26,6 +29,8 @@ use crate::runtime::{
 };
 use crate::{Config, Error, runtime};
 
+/// What the kernel calls a userfaultfd in `/proc/PID/fd`.
+const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 /// How long Podman may take to notice that its runtime has failed, and to say so.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 
@@ -45,7 +50,7 @@ pub(super) struct Shell {
     /// Where the memory comes from then.
     source: Option<UnixStream>,
     /// What fetches it.
-    fetching: Option<Child>,
+    fetching: Option<JoinHandle<Result<(), Error>>>,
     trees: Trees,
     images: PathBuf,
     work: PathBuf,
@@ -192,9 +197,10 @@ impl Shell {
     /// [`Error::Restore`] with what CRIU says.
     pub async fn restore(&mut self) -> Result<u32, Error> {
         self.with_podman()?;
-        if let Some(source) = self.source.take() {
-            self.fetching = Some(self.fetch(source).await?);
-        }
+        let fetching = match self.source.take() {
+            Some(source) => Some(self.fetch(source).await?),
+            None => None,
+        };
         let standby = self.standby.take();
         let OnItsMark {
             program,
@@ -210,6 +216,10 @@ impl Shell {
                 ..
             } => {
                 went?;
+                if let Some(criu) = fetching {
+                    let keeper = Keeper::of(&criu, pid)?;
+                    self.fetching = Some(tokio::spawn(keeper.watch(criu, self.work.clone())));
+                }
                 self.with_podman()?;
                 Ok(pid)
             }
@@ -265,6 +275,8 @@ impl Shell {
             .stdin(OwnedFd::from(source))
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
+            // Until it has a container's memory to look after.
+            .kill_on_drop(true)
             .spawn()
             .map_err(start)?;
         let mut ready = criu.stdout.take().ok_or(Error::OutOfOrder("pipe"))?;
@@ -272,6 +284,8 @@ impl Shell {
         match tokio::time::timeout(LAST_WORDS, ready.read_exact(&mut byte)).await {
             Ok(Ok(_)) => Ok(criu),
             _ => {
+                // If it has not ended by itself, there is nothing to wait for.
+                let _ = criu.start_kill();
                 let status = criu.wait().await.map_err(start)?;
                 Err(self.failed("criu lazy-pages".to_owned(), status.to_string()))
             }
@@ -315,19 +329,10 @@ impl Shell {
     /// # Errors
     /// [`runtime::Error::Failed`] if it does not get it.
     pub async fn fetched(&mut self) -> Result<(), Error> {
-        let Some(criu) = &mut self.fetching else {
-            return Ok(());
-        };
-        let status = criu.wait().await.map_err(runtime::Error::Lost)?;
-        if status.success() {
-            return Ok(());
+        match self.fetching.take() {
+            Some(fetching) => joined(fetching.await),
+            None => Ok(()),
         }
-        Err(runtime::Error::Failed {
-            program: "criu lazy-pages".to_owned(),
-            status: status.to_string(),
-            said: failure_log(&self.work, FailureLog::LazyPages).unwrap_or_default(),
-        }
-        .into())
     }
 
     /// Has Podman give up the container, if it does not run yet, and waits until it has.
@@ -341,6 +346,62 @@ impl Shell {
         {
             tracing::warn!("Podman still waits for its runtime");
         }
+    }
+}
+
+/// What stands between a container whose memory is being fetched and pages of zeros.
+///
+/// The kernel asks for what is touched through userfaultfds, which criu lazy-pages has. When the last copy of
+/// one is closed, whoever touches a page that has not come gets zeros and goes on (userfaultfd(2)). So copies
+/// are kept here, with which he waits instead; and if the memory does not come, the container is ended
+/// before they are closed.
+struct Keeper {
+    container: OwnedFd,
+    faults: Vec<OwnedFd>,
+}
+
+impl Keeper {
+    fn of(criu: &Child, container: u32) -> Result<Keeper, Error> {
+        let process = |number: Option<u32>| {
+            let pid = number.and_then(|number| Pid::from_raw(number.cast_signed()));
+            let pid = pid.ok_or(rustix::io::Errno::SRCH)?;
+            pidfd_open(pid, PidfdFlags::empty())
+        };
+        let lost = |errno: rustix::io::Errno| Error::from(runtime::Error::Lost(errno.into()));
+        let container = process(Some(container)).map_err(lost)?;
+        let number = criu.id();
+        let criu = process(number).map_err(lost)?;
+        let directory = PathBuf::from(format!("/proc/{}/fd", number.unwrap_or_default()));
+        let open = std::fs::read_dir(&directory).map_err(Error::file("read", &directory))?;
+        let mut faults = Vec::new();
+        for entry in open.flatten() {
+            let leads_to = std::fs::read_link(entry.path()).unwrap_or_default();
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|name| name.parse().ok());
+            if let (USERFAULTFD, Some(number)) = (leads_to.to_str().unwrap_or_default(), number) {
+                let copy = pidfd_getfd(&criu, number, PidfdGetfdFlags::empty());
+                faults.push(copy.map_err(lost)?);
+            }
+        }
+        Ok(Keeper { container, faults })
+    }
+
+    /// Waits until all of the memory is there, and ends the container if it does not come.
+    async fn watch(self, mut criu: Child, work: PathBuf) -> Result<(), Error> {
+        let status = criu.wait().await.map_err(runtime::Error::Lost)?;
+        if status.success() {
+            return Ok(());
+        }
+        tracing::error!(%status, "the container's memory does not come: it is ended");
+        // It may have ended by itself.
+        let _ = pidfd_send_signal(&self.container, Signal::KILL);
+        drop(self.faults);
+        Err(runtime::Error::Failed {
+            program: "criu lazy-pages".to_owned(),
+            status: status.to_string(),
+            said: failure_log(&work, FailureLog::LazyPages).unwrap_or_default(),
+        }
+        .into())
     }
 }
 
