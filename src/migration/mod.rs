@@ -226,7 +226,14 @@ impl<'a> Migration<'a> {
             match phase {
                 Phase::Preflight => {}
                 Phase::Prepare => prepare::prepare(self).await?,
-                Phase::Precopy => precopy::precopy(self).await?,
+                Phase::Precopy => {
+                    // It may take long, and what it has begun is in the journal.
+                    let cancel = self.request.cancel.clone();
+                    tokio::select! {
+                        () = cancel.cancelled() => return Err(Error::Interrupted(phase)),
+                        done = precopy::precopy(self) => done?,
+                    }
+                }
                 Phase::Hold => hold::hold(self).await?,
                 Phase::Freeze => freeze::freeze(self).await?,
                 Phase::Transfer => transfer::transfer(self).await?,

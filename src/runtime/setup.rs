@@ -135,7 +135,8 @@ pub fn install(config: &Config) -> Result<Setup> {
         return Err(Error::NoRuntime);
     }
     let real_criu = real("criu").ok_or(Error::NoCriu)?;
-    for directory in [directory(config), criu_path(config)] {
+    // The last of them is made again after each boot, by whoever waits there first.
+    for directory in [directory(config), criu_path(config), waiting(config)] {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -183,7 +184,7 @@ pub fn remove(config: &Config) -> Result<Setup> {
         None => {}
     }
     let mut runtimes = Vec::new();
-    let mut waiting = None;
+    let mut waits = None;
     for name in RUNTIMES {
         let links = links(config, name);
         if unlink(&links.wrapper())? {
@@ -191,15 +192,15 @@ pub fn remove(config: &Config) -> Result<Setup> {
             changed = true;
         }
         changed |= unlink(&links.real())?;
-        waiting = Some(links.waiting());
+        waits = Some(links.waiting());
     }
-    if let Some(waiting) = waiting {
-        changed |= unlink(&waiting)?;
+    if let Some(link) = waits {
+        changed |= unlink(&link)?;
     }
     let criu = criu(config);
     changed |= unlink(&criu.wrapper())?;
     changed |= unlink(&criu.real())?;
-    for directory in [criu_path(config), directory(config)] {
+    for directory in [criu_path(config), directory(config), waiting(config)] {
         match std::fs::remove_dir(&directory) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(Error::file("remove", directory)(error));
