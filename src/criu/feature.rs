@@ -209,7 +209,7 @@ async fn runtime(name: &'static str) -> Option<Runtime> {
 
 /// Where Podman looks for runtimes unless it is told (containers/common, `pkg/config/default.go`);
 /// a service's search path can be shorter.
-const DIRECTORIES: [&str; 6] = [
+pub(crate) const DIRECTORIES: [&str; 6] = [
     "/usr/bin",
     "/usr/sbin",
     "/usr/local/bin",

@@ -13,13 +13,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use hyper::{HeaderMap, Method};
 
 use super::memory::{self, Round};
 use super::request::MOST_ROUNDS;
 use super::{Cargo, Event, Migration, WhenOver, freeze, shell};
-use crate::agent::protocol::Nothing;
-use crate::bundle::{self, Compression, Mirror, Pace, Source};
+use crate::bundle::{self, Mirror, Pace, Source};
 use crate::criu::{Criu, Freezer, processes};
 use crate::podman::{Container, Mount};
 use crate::{Error, Result};
@@ -157,15 +155,7 @@ async fn send<S>(migration: &mut Migration<'_>, changes: S) -> Result<u64>
 where
     S: Stream<Item = bundle::Result<Bytes>> + Send + 'static,
 {
-    let (bytes, progress) = bundle::send(changes, Compression::None);
-    let path = format!("/v1/migrations/{}/files", migration.id);
-    let within = migration.request.config.shell_timeout;
-    let Nothing {} = migration
-        .connection
-        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within)
-        .await
-        .map_err(Error::of_host(&migration.request.to))?;
-    migration.bytes_sent += progress.wire();
+    let progress = migration.send_part("files", changes).await?;
     migration.clock.observer.observe(Event::Sent {
         what: Cargo::Files,
         bytes: progress.wire(),

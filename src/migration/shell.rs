@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bytes::Bytes;
-use futures::StreamExt;
 use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
 use hyper::{HeaderMap, Method};
 
 use super::memory::{self, Serving};
@@ -20,7 +20,7 @@ use super::preflight::connect;
 use super::{Effect, Migration, freeze};
 use crate::agent::Connection;
 use crate::agent::protocol::Nothing;
-use crate::bundle::{self, Compression};
+use crate::bundle::{self, Compression, Progress};
 use crate::runtime::{
     Checkpoint, CriuOption, Invocation, OnStandby, Rendezvous, Standby, Verb, setup,
 };
@@ -129,22 +129,37 @@ pub(super) async fn take(migration: &mut Migration<'_>) -> Result<()> {
     Ok(())
 }
 
+impl Migration<'_> {
+    fn shell(&mut self) -> Result<&mut Shell> {
+        self.shell.as_mut().ok_or(Error::OutOfOrder("shell"))
+    }
+
+    /// Sends the destination a part of the container that goes ahead, and waits until it has taken it.
+    pub(super) async fn send_part<S>(&mut self, part: &str, content: S) -> Result<Progress>
+    where
+        S: Stream<Item = bundle::Result<Bytes>> + Send + 'static,
+    {
+        let (bytes, progress) = bundle::send(content, Compression::None);
+        let path = format!("/v1/migrations/{}/{part}", self.id);
+        let within = self.request.config.shell_timeout;
+        let Nothing {} = self
+            .connection
+            .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within)
+            .await
+            .map_err(Error::of_host(&self.request.to))?;
+        self.bytes_sent += progress.wire();
+        Ok(progress)
+    }
+}
+
 /// Has the destination make the container, all but its processes.
 ///
 /// Podman there waits for them, and not for ever: whatever takes long is done before.
 pub(super) async fn send(migration: &mut Migration<'_>) -> Result<()> {
-    let within = migration.request.config.shell_timeout;
-    let shell = migration.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
-    let archive = shell.archive.take().ok_or(Error::OutOfOrder("archive"))?;
-    let (bytes, progress) = bundle::send(archive, Compression::None);
-    let path = format!("/v1/migrations/{}/shell", migration.id);
-    let Nothing {} = migration
-        .connection
-        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within)
-        .await
-        .map_err(Error::of_host(&migration.request.to))?;
-    shell.made = Some(Instant::now());
-    migration.bytes_sent += progress.wire();
+    let archive = migration.shell()?.archive.take();
+    let archive = archive.ok_or(Error::OutOfOrder("archive"))?;
+    migration.send_part("shell", archive).await?;
+    migration.shell()?.made = Some(Instant::now());
     Ok(())
 }
 
@@ -177,15 +192,8 @@ pub(super) async fn stand_by(migration: &mut Migration<'_>) -> Result<()> {
         .map_err(|error| memory::of_criu(error.into(), &shell.work))?;
     // What the runtime has written by now the other one wants to read before it calls CRIU.
     let images = bundle::images(&shell.images, &mut shell.sent)?;
-    let (bytes, progress) = bundle::send(images, Compression::None);
-    let path = format!("/v1/migrations/{}/standby", migration.id);
-    let Nothing {} = migration
-        .connection
-        .send_stream(Method::PUT, &path, HeaderMap::new(), bytes, within)
-        .await
-        .map_err(Error::of_host(&migration.request.to))?;
-    migration.bytes_sent += progress.wire();
-    shell.standby = Some((runtime, criu));
+    migration.send_part("standby", images).await?;
+    migration.shell()?.standby = Some((runtime, criu));
     Ok(())
 }
 

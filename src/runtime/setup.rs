@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::{Error, Result};
 use crate::Config;
+use crate::criu::feature::DIRECTORIES;
 use crate::podman::HostInfo;
 
 /// The runtimes that can be stood in for.
@@ -22,16 +23,6 @@ pub const RUNTIMES: [&str; 2] = ["crun", "runc"];
 const DROP_IN: &str = "/etc/containers/containers.conf.d/90-livemig.conf";
 /// The first line of the drop-in: a file without it is not livemig's.
 const MARK: &str = "# Written by `livemig setup`; `livemig setup --remove` takes it away.";
-/// Where Podman looks for runtimes unless it is told (containers/common, `pkg/config/default.go`).
-const DIRECTORIES: [&str; 6] = [
-    "/usr/bin",
-    "/usr/sbin",
-    "/usr/local/bin",
-    "/usr/local/sbin",
-    "/sbin",
-    "/bin",
-];
-
 /// The links of one runtime.
 #[derive(Debug)]
 pub(super) struct Links {
