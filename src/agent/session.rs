@@ -838,6 +838,7 @@ impl Sessions {
             let report = intake.finish().await?.clear().await?;
             tracing::debug!(migration = %id, ?report, "what came for the container was let in");
         }
+        gate(&session.offer.container).remove().await?;
         let_memory_go(&session.journal)?;
         self.gather(&session.journal).await;
         self.close(id, session)?;
@@ -1007,7 +1008,7 @@ async fn let_in(journal: &Journal) -> Result<(), Error> {
     for effect in journal.effects() {
         match effect {
             Effect::Hold { spec } => conntrack::hold::remove_rules(spec).await?,
-            Effect::Closed { gate } => gate.open().await?,
+            Effect::Closed { gate } => gate.remove().await?,
             _ => {}
         }
     }

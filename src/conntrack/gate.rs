@@ -16,6 +16,8 @@ use super::Result;
 use super::ruleset::{self, add_empty, equal, ip, out_of_a_hop, payload, rule};
 use crate::podman::ContainerId;
 
+const OPENING: &str = "let packets through to the container";
+
 /// A container that nothing gets through to. It is a value that a journal can keep.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gate {
@@ -55,17 +57,25 @@ impl Gate {
         .await
     }
 
-    /// Lets everything through again. It is no error if nothing is in the way.
+    /// Lets everything through again. It is no error if nothing is in the way. What this leaves behind
+    /// [`Gate::remove`] removes, for which packets have to be waited for: not while the container waits.
     ///
     /// # Errors
     /// When the kernel cannot be asked, or refuses.
     pub async fn open(&self) -> Result<()> {
-        const DOING: &str = "let packets through to the container";
         let chain = self.chain();
-        ruleset::blocking(DOING, move |rules| {
-            rules.remove(DOING, &[chain], Vec::new)?;
-            rules.remove_unused()
+        ruleset::blocking(OPENING, move |rules| {
+            rules.remove(OPENING, &[chain], Vec::new)
         })
         .await
+    }
+
+    /// Opens the gate, and leaves nothing of it behind.
+    ///
+    /// # Errors
+    /// As [`Gate::open`].
+    pub async fn remove(&self) -> Result<()> {
+        self.open().await?;
+        ruleset::blocking(OPENING, |rules| rules.remove_unused()).await
     }
 }

@@ -216,7 +216,7 @@ impl Hands {
             Effect::Forwarding { container, before } => {
                 Ok(forwarding::restore(&self.config, container, before.as_ref()).await?)
             }
-            Effect::Closed { gate } => Ok(gate.open().await?),
+            Effect::Closed { gate } => Ok(gate.remove().await?),
             Effect::Frozen { freezer } => {
                 let freezer = freezer.clone();
                 Ok(blocking(move || freezer.thaw()).await?)

@@ -16,7 +16,7 @@ use rustix::net::sockopt;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::{Attributes, Body, Error, Message, Messages, Result};
+use super::{Attributes, Body, Error, Message, Messages, Result, closing};
 
 /// How long the kernel may take. It answers at once; this only turns a hang into an error.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -88,6 +88,15 @@ impl std::fmt::Debug for Channel {
             .field("fd", &self.socket.as_raw_fd())
             .field("sequence", &self.sequence)
             .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // The socket closes its own descriptor; what takes long is closing the last.
+        if let Ok(last) = self.as_fd().try_clone_to_owned() {
+            closing::elsewhere(last);
+        }
     }
 }
 

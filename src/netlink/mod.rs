@@ -18,6 +18,7 @@
 
 mod backlog;
 pub(crate) mod channel;
+mod closing;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
