@@ -12,8 +12,11 @@
 //! bits, and from CRIU 4.2 on 64 ([`Layout`]). After an addition whose flags say that the pages are present
 //! come the pages. CRIU waits for an answer after opening, after asking for a parent, and at the end; the
 //! relay gives it, so none has to cross.
+//!
+//! With post-copy the memory stays where it is until it is wanted ([`wanted`]).
 
 pub mod relay;
+pub mod wanted;
 pub mod writer;
 
 use super::{Error, Result, Version};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use hyper::Method;
 
 use super::undo::remove_staging;
-use super::{Effect, Leftover, Migration, flows, forwarding, path};
+use super::{Effect, Leftover, Migration, Part, flows, forwarding, path};
 use crate::agent::protocol::Nothing;
 use crate::podman::{Client, Container, RemoveOptions};
 use crate::{Error, Result};
@@ -82,7 +82,9 @@ async fn serve_memory(migration: &mut Migration<'_>) -> Result<()> {
     let path = format!("/v1/migrations/{}/fetched", migration.id);
     let told = migration.connection.call(Method::POST, &path, &Nothing {});
     let Nothing {} = told.await.map_err(Error::of_host(&migration.request.to))?;
-    migration.bytes_sent += served?;
+    let (bytes, fetch) = served?;
+    migration.bytes_sent += bytes;
+    migration.downtime.prolong(Part::Fetch, fetch);
     Ok(())
 }
 

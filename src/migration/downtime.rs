@@ -28,6 +28,8 @@ pub enum Part {
     Admit,
     /// The packets that waited are told where to go.
     Release,
+    /// The pages cross that the container waits for before it answers, with post-copy.
+    Fetch,
 }
 
 /// How long a part took.
@@ -89,6 +91,12 @@ impl Downtime {
         let since = |then: Option<Instant>| then.map(|then| then.elapsed()).unwrap_or_default();
         self.total = since(self.began);
         self.total_frozen = since(self.frozen);
+    }
+
+    /// It has gone on for so long after its end, in the container.
+    pub fn prolong(&mut self, part: Part, took: Duration) {
+        self.parts.push(PartTime { part, took });
+        self.total += took;
     }
 
     /// How long it was, in all; zero if it has not ended.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, TryStreamExt};
 use hyper::{HeaderMap, Method};
 use serde::Serialize;
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio_util::io::{ReaderStream, StreamReader};
 use tokio_util::sync::CancellationToken;
@@ -20,6 +21,7 @@ use crate::agent::protocol::{MigrationId, Nothing};
 use crate::bundle::{self, Compression, Progress};
 use crate::criu::pages::Layout;
 use crate::criu::pages::relay::{self, Lists};
+use crate::criu::pages::wanted::{self, FirstMoments};
 use crate::podman::{FailureLog, failure_log};
 use crate::runtime::{Checkpoint, CriuOption, Standby, Verb};
 use crate::{Config, Error, Result, runtime};
@@ -164,17 +166,24 @@ async fn pages(
 pub(super) struct Serving {
     runtime: Checkpoint,
     /// Passes on what the destination wants.
-    wanted: tokio::task::JoinHandle<std::io::Result<u64>>,
+    passed_on: tokio::task::JoinHandle<()>,
+    moments: FirstMoments,
     progress: Progress,
 }
 
 impl Serving {
-    /// Waits until the destination has all of it. Returns how many bytes that were.
-    pub async fn ended(self) -> Result<u64> {
+    /// The container is let go: from now on it needs its memory.
+    pub fn let_go(&self) {
+        self.moments.begin();
+    }
+
+    /// Waits until the destination has all of it. Returns how many bytes that were, and for how long the
+    /// container had to look for what it needed at first.
+    pub async fn ended(self) -> Result<(u64, Duration)> {
         let served = self.runtime.ended().await;
-        self.wanted.abort();
+        self.passed_on.abort();
         served?;
-        Ok(self.progress.wire())
+        Ok((self.progress.wire(), self.moments.took()))
     }
 }
 
@@ -197,24 +206,37 @@ pub(super) async fn leave(shell: &mut Shell, terms: &Terms<'_>) -> Result<()> {
             return Err(of_criu(error, &shell.work));
         }
     }
-    let (pages, mut wanted) = criu.into_split();
+    let (pages, mut criu) = criu.into_split();
     let progress = Progress::default();
     let counted = progress.clone();
     let pages = ReaderStream::with_capacity(pages, PIECE)
         .inspect_ok(move |piece| counted.add_wire(piece.len()));
     let path = format!("/v1/migrations/{}/lazy", terms.migration);
+    let moments = FirstMoments::default();
     let asked = shell
         .for_pages
         .exchange(Method::POST, &path, pages)
         .await
         .map_err(Error::of_host(&terms.request.to))?;
-    let wanted = tokio::spawn(async move {
-        let mut asked = StreamReader::new(asked.map_err(std::io::Error::other));
-        tokio::io::copy(&mut asked, &mut wanted).await
+    let asked = StreamReader::new(asked.map_err(std::io::Error::other));
+    let requests = wanted::requests(asked, terms.layout, moments.clone());
+    let passed_on = tokio::spawn(async move {
+        let mut requests = std::pin::pin!(requests);
+        loop {
+            let passed = match requests.try_next().await {
+                Ok(Some(request)) => criu.write_all(&request).await.map_err(|e| e.to_string()),
+                Ok(None) => return,
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(error) = passed {
+                return tracing::warn!(error, "the destination can ask for no more memory");
+            }
+        }
     });
     shell.serving = Some(Serving {
         runtime,
-        wanted,
+        passed_on,
+        moments,
         progress,
     });
     Ok(())
