@@ -52,7 +52,7 @@ async fn curl_as_host(host: &Node, more: &str) -> String {
     std::fs::write(host.path("/tmp/cert.pem"), certificate.pem()).expect("a directory");
     let curl = format!(
         "curl -sk --cert /tmp/cert.pem --key /var/lib/livemig/identity/key.pem \
-         -H 'livemig-protocol: 1' -o /dev/null --max-time 30 -w '%{{http_code}}' {more} {AGENT} || :"
+         -H 'livemig-protocol: 2' -o /dev/null --max-time 30 -w '%{{http_code}}' {more} {AGENT} || :"
     );
     host.sh(&curl).await.text().to_owned()
 }
@@ -85,7 +85,7 @@ async fn strangers_are_refused_and_peers_are_served() {
     let (memory, files) = size(&agent);
 
     let refused = h3
-        .try_exec(&["curl", "-skf", "-H", "livemig-protocol: 1", AGENT])
+        .try_exec(&["curl", "-skf", "-H", "livemig-protocol: 2", AGENT])
         .await;
     assert!(
         !refused.status.success() && refused.stdout.is_empty(),

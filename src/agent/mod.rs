@@ -21,7 +21,7 @@
 //!     | -- TLS 1.3, certificate of the caller ---> |  key known?  no, no invitation: alert
 //!     | <- certificate of the agent -------------- |
 //!     |    fingerprint as expected? no: alert      |
-//!     | -- GET /v1/hello ------------------------> |  livemig-protocol: 1, both ways
+//!     | -- GET /v1/hello ------------------------> |  livemig-protocol: 2, both ways
 //!     | <- {name, version, you} ------------------ |
 //!     | -- POST /v1/join {secret, name, address} > |  only with an invitation
 //!     | -- any other request --------------------> |  Handler, with the Peer who calls
@@ -61,7 +61,7 @@ pub use wire::Body;
 ///
 /// It is sent with every request and every answer in the header [`PROTOCOL_HEADER`], and both
 /// sides refuse to go on with any other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// The header that carries [`PROTOCOL`].
 pub const PROTOCOL_HEADER: &str = "livemig-protocol";

@@ -397,7 +397,7 @@ async fn without_a_certificate_there_is_only_a_refusal() {
         .with_custom_certificate_verifier(pinned)
         .with_no_client_auth();
         let mut tls = raw_with(&agent, Arc::new(config)).await.unwrap();
-        let request = "GET /v1/hello HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 1\r\n\r\n";
+        let request = "GET /v1/hello HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 2\r\n\r\n";
         let _ = tls.write_all(request.as_bytes()).await;
         let (got, error) = rest(tls).await;
         assert!(got.is_empty(), "{got:?}");
@@ -752,7 +752,7 @@ async fn a_head_that_trickles_is_cut_off() {
     let peer = agent.knows("peer");
     let mut tls = raw(&agent, &peer).await;
     // A whole request first: the next head has a time of its own.
-    tls.write_all(b"GET /v1/who HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 1\r\n\r\n")
+    tls.write_all(b"GET /v1/who HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 2\r\n\r\n")
         .await
         .unwrap();
     let mut first = [0; 1024];
@@ -965,7 +965,7 @@ async fn bodies_have_limits_that_say_so() {
     // Not JSON, and a body that never comes.
     let mut tls = raw(&agent, &peer).await;
     tls.write_all(
-        b"POST /v1/echo HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 1\r\ncontent-length: 3\r\n\r\n{]}",
+        b"POST /v1/echo HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 2\r\ncontent-length: 3\r\n\r\n{]}",
     )
     .await
     .unwrap();
@@ -977,7 +977,7 @@ async fn bodies_have_limits_that_say_so() {
         "{text}"
     );
     tls.write_all(
-        b"POST /v1/echo HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 1\r\ncontent-length: 3\r\n\r\n{",
+        b"POST /v1/echo HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 2\r\ncontent-length: 3\r\n\r\n{",
     )
     .await
     .unwrap();
@@ -1053,10 +1053,10 @@ async fn versions_must_agree_and_both_are_named() {
         assert!(text.starts_with("HTTP/1.1 400 "), "{text}");
         assert!(text.contains("protocol-mismatch"), "{text}");
         assert!(
-            text.contains(named) && text.contains("version 1\""),
+            text.contains(named) && text.contains("version 2\""),
             "{text}"
         );
-        assert!(text.contains("livemig-protocol: 1"), "{text}");
+        assert!(text.contains("livemig-protocol: 2"), "{text}");
     }
 
     // An agent of another version, whatever it says.
@@ -1086,7 +1086,7 @@ async fn versions_must_agree_and_both_are_named() {
         Err(error @ Error::Protocol { .. }) => {
             let text = error.to_string();
             assert!(
-                text.contains("version 7") && text.contains("version 1"),
+                text.contains("version 7") && text.contains("version 2"),
                 "{text}"
             );
         }
@@ -1272,7 +1272,7 @@ async fn a_handler_is_not_cut_off_when_its_caller_goes() {
     let host = agent.knows("host");
     let mut tls = raw(&agent, &host).await;
     tls.write_all(
-        b"POST /v1/later HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 1\r\ncontent-length: 9\r\n\r\n1",
+        b"POST /v1/later HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 2\r\ncontent-length: 9\r\n\r\n1",
     )
     .await
     .unwrap();
@@ -1284,7 +1284,7 @@ async fn a_handler_is_not_cut_off_when_its_caller_goes() {
     // Open but silent: the stall time-out ends it, with a reason.
     let mut tls = raw(&agent, &host).await;
     tls.write_all(
-        b"POST /v1/count HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 1\r\ncontent-length: 9\r\n\r\n1",
+        b"POST /v1/count HTTP/1.1\r\nhost: x\r\nlivemig-protocol: 2\r\ncontent-length: 9\r\n\r\n1",
     )
     .await
     .unwrap();

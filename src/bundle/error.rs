@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::Digest;
+use super::Checksum;
 use super::apply::Refusal;
 
 /// Why the container's files or its image stream could not be read, sent or received.
@@ -121,10 +121,10 @@ pub enum Error {
     /// What arrived is not what was sent.
     #[error("the image stream was damaged: {sent} was sent, {received} arrived")]
     Mismatch {
-        /// The digest in the trailer.
-        sent: Digest,
-        /// The digest of what arrived.
-        received: Digest,
+        /// The checksum in the trailer.
+        sent: Checksum,
+        /// That of what arrived.
+        received: Checksum,
     },
 }
 

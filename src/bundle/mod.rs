@@ -36,7 +36,7 @@ pub use header::{beheaded, headed};
 pub use images::{images, write_images};
 pub use scan::Pace;
 pub use splice::{Captured, spliced, watched, without_volumes};
-pub use transfer::{Compression, Digest, Progress, receive, send};
+pub use transfer::{Checksum, Compression, Progress, receive, send};
 
 /// What the functions of this module return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -18,6 +18,9 @@ const MAGIC: [u32; 2] = [0x5456_4319, 0x5608_4025];
 /// Where CRIU's page server begins to number its files of pages (`up_page_ids_base` in `criu/image.c`), so
 /// that they are none of those that a dump writes itself.
 const FIRST_FILE: u32 = 0x10000;
+/// Whole pages are written, and many at a time, whichever way they come in: 256 KiB, which stays in a
+/// processor's cache.
+const WRITTEN_AT_ONCE: usize = 256 << 10;
 /// A container with more processes and shared memories is refused.
 const MOST_MEMORIES: usize = 100_000;
 const NOT_OPEN: Error = Error::Pages("pages of a memory that is not open");
@@ -135,7 +138,7 @@ impl Images {
         };
         let mut image = Image {
             pagemap: BufWriter::new(make(memory.list())?),
-            pages: make(format!("pages-{number}.img"))?,
+            pages: BufWriter::with_capacity(WRITTEN_AT_ONCE, make(format!("pages-{number}.img"))?),
         };
         let failed = failed(&self.directory, "the list of pages");
         image.begin(number).map_err(failed)?;
@@ -147,8 +150,12 @@ impl Images {
         let Some((_, mut image)) = self.current.take() else {
             return Ok(());
         };
-        let failed = failed(&self.directory, "the list of pages");
-        image.pagemap.flush().map_err(failed)
+        image
+            .pagemap
+            .flush()
+            .map_err(failed(&self.directory, "the list of pages"))?;
+        let failed = failed(&self.directory, "the container's pages");
+        image.pages.flush().map_err(failed)
     }
 
     pub(super) fn finish(mut self) -> Result<u64> {
@@ -170,7 +177,7 @@ fn failed(directory: &Path, value: &'static str) -> impl FnOnce(std::io::Error) 
 #[derive(Debug)]
 struct Image {
     pagemap: BufWriter<File>,
-    pages: File,
+    pages: BufWriter<File>,
 }
 
 impl Image {
