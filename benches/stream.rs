@@ -41,7 +41,7 @@ use livemig::Config;
 use livemig::agent::{
     Address, Body, Caller, Connection, Handler, Limits, Peer, Reply, Server, Trust, reply,
 };
-use livemig::bundle::{self, Compression};
+use livemig::bundle;
 use livemig::netlink::Namespace;
 use record::{Figures, number};
 use serde_json::{Value, json};
@@ -84,7 +84,7 @@ impl Form {
             Form::Dropped | Form::Connection => {
                 pieces.map(|piece| Ok(piece.unwrap_or_default())).boxed()
             }
-            Form::Bundle => bundle::send(pieces, Compression::None).0.boxed(),
+            Form::Bundle => bundle::send(pieces).0.boxed(),
         }
     }
 }
@@ -121,7 +121,7 @@ impl Handler for Sink {
                 .expect("one of ours");
             let body = request.into_body();
             let content = if form == Form::Bundle {
-                let (content, _) = bundle::receive(body, Compression::None, u64::MAX);
+                let (content, _) = bundle::receive(body, u64::MAX);
                 content.map_err(|error| error.to_string()).boxed()
             } else {
                 body.map_err(|error| error.to_string()).boxed()

@@ -2,8 +2,8 @@
 
 mod lab;
 
-use lab::Lab;
 use lab::pair::{self, Pair, assert_went_on};
+use lab::{Lab, link};
 
 /// A busy connection, and one that is silent from before the move until after it.
 async fn busy_and_idle(runtime: &str) {
@@ -110,6 +110,32 @@ async fn what_is_written_until_it_is_frozen_arrives() {
             .all(|two| two[1] == two[0] + 1 || two[1] == 1);
         assert!(whole && numbers.len() > 200, "{file}: {log}");
     }
+    pair.down().await;
+}
+
+/// Over a link that is slower than the compressor what can be compressed is: 48 MiB of text in a volume.
+#[tokio::test]
+async fn what_gets_shorter_crosses_a_slow_link_compressed() {
+    const MIB: u64 = 48;
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let (h1, h2) = (pair.host(1), pair.host(2));
+    let fill = format!(
+        "podman volume create kept
+        yes 'all of this is text' | head -c {MIB}M >$(podman volume inspect -f '{{{{.Mountpoint}}}}' kept)/text"
+    );
+    h1.sh(&fill).await;
+    h1.run_workload("web", &["-v", "kept:/volume"], &["echo", "7000"])
+        .await;
+    let sum = "sha256sum <$(podman volume inspect -f '{{.Mountpoint}}' kept)/text";
+    let before = h1.sh(sum).await;
+    link::narrow(pair.lab().wan(), "200mbit").await;
+    let report = pair.migrate("web", 1, 2).await;
+    link::mend(pair.lab().wan()).await;
+    assert_eq!(report["engine"], "direct", "{report}");
+    assert_eq!(h2.sh(sum).await.text(), before.text());
+    // What goes before it is clear that the link is slow, and what does not get shorter.
+    let sent = report["bytes_sent"].as_u64();
+    assert!(sent < Some(MIB << 19), "{sent:?} of {MIB} MiB");
     pair.down().await;
 }
 

@@ -27,8 +27,8 @@ use super::protocol::{
 };
 use super::shell::Shell;
 use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
+use crate::bundle;
 use crate::bundle::vetted::{Documents, Verdict, vetted};
-use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
 use crate::criu::Freezer;
@@ -657,7 +657,7 @@ impl Sessions {
             addresses: addresses.clone(),
             hop,
         });
-        let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
+        let (content, _) = bundle::receive(body, CONTAINER);
         let (Flows { flows }, archive) = bundle::beheaded(content).await?;
         let intake = hears_datagrams(&container, &flows)
             .then(Reserved::first_free)

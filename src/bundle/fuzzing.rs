@@ -8,7 +8,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use super::apply::{Applier, Limits};
 use super::changes::TreeId;
 use super::walker::{Step, Walker, octal};
-use super::{Compression, Error, Result, beheaded, receive, write_images};
+use super::{Error, Result, beheaded, receive, write_images};
 use crate::agent::protocol::Flows;
 use crate::fuzzing::{Trees, choice, pieces, read_flows, tar, wait_for};
 
@@ -22,28 +22,24 @@ fn stream_of(input: &[u8], cut: u8) -> impl futures::Stream<Item = Result<Bytes>
     stream::iter(pieces)
 }
 
-/// Frames, digest and decompression ([`receive`]). What ends well has the digest that it says.
+/// Frames, checksum and decompression ([`receive`]). What ends well has the checksum that it says.
 pub fn transfer(input: &[u8]) {
     let (how, rest) = choice(input);
-    let compression = if how & 1 == 0 {
-        Compression::None
-    } else {
-        Compression::Zstd
-    };
+    let compressed = u32::from(how & 1) << 31;
     // Frames with a wrong trailer, around bytes of the decoder's own.
     let wire = if how & 2 == 0 {
         rest.to_vec()
     } else {
         let mut wire = Vec::new();
         for part in rest.chunks(1 + usize::from(how >> 4) * 64) {
-            wire.extend((part.len() as u32).to_be_bytes());
+            wire.extend((part.len() as u32 | compressed).to_be_bytes());
             wire.extend(part);
         }
         // The last frame and the trailer.
         wire.extend([0; 4 + 8 + 16]);
         wire
     };
-    let (content, progress) = receive(stream_of(&wire, how >> 2), compression, LARGEST);
+    let (content, progress) = receive(stream_of(&wire, how >> 2), LARGEST);
     let mut content = Box::pin(content);
     let mut got = Vec::new();
     let ended = wait_for(async {

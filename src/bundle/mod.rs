@@ -11,6 +11,8 @@
 pub mod apply;
 mod archive;
 pub mod changes;
+mod checksum;
+mod compression;
 mod content;
 pub mod delta;
 mod entries;
@@ -30,13 +32,18 @@ mod walker;
 
 pub use apply::{Applied, Limits, Refusal, apply, persist};
 pub use changes::{Changes, Mirror, Round, Source, TreeId};
+pub use checksum::Checksum;
+#[cfg(any(test, fuzzing))]
+pub(crate) use compression::Compression;
 pub use delta::{Delta, DeltaFile, Layers, Skipped, Summary};
 pub use error::Error;
 pub use header::{beheaded, headed};
 pub use images::{images, write_images};
 pub use scan::Pace;
 pub use splice::{Captured, spliced, watched, without_volumes};
-pub use transfer::{Checksum, Compression, Progress, receive, send};
+#[cfg(any(test, fuzzing))]
+pub(crate) use transfer::send_as;
+pub use transfer::{Progress, receive, send};
 
 /// What the functions of this module return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

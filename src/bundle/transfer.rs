@@ -2,15 +2,16 @@
 //!
 //! # Form
 //! The body is a row of frames. A frame is a length (four bytes, most significant first, at most
-//! 1 MiB) and that many bytes. A frame of length zero is the last; behind it stands the trailer:
-//! the number of bytes of content (eight bytes, most significant first) and their XXH3 checksum
-//! (16 bytes, likewise). Nothing may follow. With [`Compression::Zstd`] the frames carry one zstd frame;
-//! number and checksum in the trailer are those of the content before compression, so they vouch for
-//! the way through the compressor as well.
+//! 1 MiB) and that many bytes of content; or, where the highest bit of the length is set, that many
+//! bytes of one zstd frame (RFC 8878) with at most 1 MiB of content in it. A frame of length zero is
+//! the last; behind it stands the trailer: the number of bytes of content (eight bytes, most
+//! significant first) and their XXH3 checksum (16 bytes, likewise). Nothing may follow. Number and
+//! checksum are those of the content before compression, so they vouch for the way through the
+//! compressor as well.
 //!
 //! # What the checksum is for
 //! That nobody changes the stream on its way is TLS's doing, byte by byte. The checksum finds what goes wrong
-//! at the two ends of that: in a compressor, in framing, in memory. Against a sender that lies no checksum
+//! at the two ends of that: in a compressor, in framing, in memory. Against a sender that lies no digest
 //! helps, since the sender is who computes it; and one made to withstand forgery (BLAKE3 was here) took a
 //! third of the time of a large container's way.
 //!
@@ -19,96 +20,28 @@
 //! until the body of the request has arrived completely. So the receiver's stream *ends* only if
 //! the trailer is right; otherwise its last item is an error, which aborts the request to Podman.
 
-use std::fmt;
-use std::num::ParseIntError;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
-use async_compression::tokio::bufread::{ZstdDecoder, ZstdEncoder};
-use async_compression::{Level, zstd::DParameter};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures::stream::{self, BoxStream};
 use futures::{Stream, StreamExt, TryStreamExt};
-use serde::{Deserialize, Serialize};
-use tokio::io::AsyncReadExt;
-use tokio_util::io::{ReaderStream, StreamReader};
-use twox_hash::xxhash3_128;
 
+use super::checksum::{Checksum, Meter};
+use super::compression::{Compression, Packer};
 use super::{Error, Result};
 
-/// The longest frame: 1 MiB.
+/// The longest frame, and the most that is in one: 1 MiB.
 pub const MAX_FRAME: usize = 1 << 20;
+/// Set in the length of a frame that is compressed.
+const COMPRESSED: u32 = 1 << 31;
 /// Bytes of the trailer behind the last frame.
 const TRAILER: usize = 8 + size_of::<u128>();
-/// The compressor's output is taken in pieces of this size.
-const PIECE: usize = 256 << 10;
-/// The most memory that a sender can make the receiver use for decompression, as a power of two:
-/// 8 MiB, what every zstd decoder has to grant (RFC 8878, section 3.1.1.1.2).
-const WINDOW_LOG: u32 = 23;
-
-/// How the content is compressed on the wire. The sender chooses, and says so in its request.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Compression {
-    /// Not at all: the quickest where the network is faster than about 300 MB/s.
-    #[default]
-    None,
-    /// zstd at its fastest level.
-    Zstd,
-}
-
-/// How long a stream was, and what was in it.
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "ChecksumText", try_from = "ChecksumText")]
-pub struct Checksum {
-    /// Bytes of content, before compression.
-    pub bytes: u64,
-    /// Their XXH3, of 128 bits and without a seed.
-    pub xxh3: u128,
-}
-
-impl fmt::Display for Checksum {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes with checksum {:032x}", self.bytes, self.xxh3)
-    }
-}
-
-impl fmt::Debug for Checksum {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Checksum({self})")
-    }
-}
-
-/// The form of a checksum in JSON.
-#[derive(Serialize, Deserialize)]
-struct ChecksumText {
-    bytes: u64,
-    xxh3: String,
-}
-
-impl From<Checksum> for ChecksumText {
-    fn from(checksum: Checksum) -> Self {
-        ChecksumText {
-            bytes: checksum.bytes,
-            xxh3: format!("{:032x}", checksum.xxh3),
-        }
-    }
-}
-
-impl TryFrom<ChecksumText> for Checksum {
-    type Error = ParseIntError;
-
-    fn try_from(text: ChecksumText) -> Result<Self, Self::Error> {
-        Ok(Checksum {
-            bytes: text.bytes,
-            xxh3: u128::from_str_radix(&text.xxh3, 16)?,
-        })
-    }
-}
 
 /// Watches a stream from outside: how far it is, and its checksum once it is through.
 #[derive(Debug, Clone, Default)]
@@ -141,6 +74,11 @@ impl Progress {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// So many bytes of content have gone.
+    fn set_content(&self, bytes: u64) {
+        self.0.content.store(bytes, Ordering::Relaxed);
+    }
+
     /// So many bytes more have gone.
     pub(crate) fn add_wire(&self, bytes: usize) {
         self.0.wire.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -155,41 +93,20 @@ impl Progress {
     }
 }
 
-/// Sums up and counts content that goes by.
-struct Meter {
-    hasher: xxhash3_128::Hasher,
-    bytes: u64,
-}
-
-impl Default for Meter {
-    fn default() -> Meter {
-        Meter {
-            hasher: xxhash3_128::Hasher::new(),
-            bytes: 0,
-        }
-    }
-}
-
-impl Meter {
-    fn update(&mut self, piece: &[u8], progress: &Progress) {
-        self.hasher.write(piece);
-        self.bytes += piece.len() as u64;
-        progress.0.content.store(self.bytes, Ordering::Relaxed);
-    }
-
-    fn checksum(&self) -> Checksum {
-        Checksum {
-            bytes: self.bytes,
-            xxh3: self.hasher.finish_128(),
-        }
-    }
-}
-
-/// Turns content into the form that crosses the wire.
+/// Turns content into the form that crosses the wire, compressed where that is quicker.
 ///
 /// # Errors
 /// The stream fails, without a trailer, if the content's stream fails.
-pub fn send<S, E>(
+pub fn send<S, E>(content: S) -> (impl Stream<Item = Result<Bytes>> + Send, Progress)
+where
+    S: Stream<Item = Result<Bytes, E>> + Send + 'static,
+    E: std::error::Error + Send + Sync + 'static,
+{
+    send_as(content, Compression::default())
+}
+
+/// The same, with a say in what is compressed.
+pub(crate) fn send_as<S, E>(
     content: S,
     compression: Compression,
 ) -> (impl Stream<Item = Result<Bytes>> + Send, Progress)
@@ -198,53 +115,86 @@ where
     E: std::error::Error + Send + Sync + 'static,
 {
     let progress = Progress::default();
-    let meter = Arc::new(Mutex::new(Meter::default()));
-    let metered = {
-        let (meter, progress) = (meter.clone(), progress.clone());
-        content
-            .map_err(|e| Error::Upstream(Box::new(e)))
-            .inspect_ok(move |piece| {
-                meter
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .update(piece, &progress);
-            })
+    let sender = Sender {
+        content: content.map_err(|e| Error::Upstream(Box::new(e))).boxed(),
+        piece: Bytes::new(),
+        body: None,
+        given: None,
+        meter: Meter::new(),
+        packer: Packer::new(compression),
+        progress: progress.clone(),
+        ended: false,
     };
-    let payload: BoxStream<'static, Result<Bytes>> = match compression {
-        Compression::None => metered.boxed(),
-        Compression::Zstd => {
-            let reader = StreamReader::new(metered.map_err(into_io).boxed());
-            let encoder = ZstdEncoder::with_quality(reader, Level::Fastest);
-            ReaderStream::with_capacity(encoder, PIECE)
-                .map_err(from_io)
-                .boxed()
-        }
-    };
-    let frames = payload.flat_map(|piece| {
-        stream::iter(match piece {
-            Ok(piece) => frames_of(piece).into_iter().map(Ok).collect(),
-            Err(error) => vec![Err(error)],
-        })
+    let wire = stream::try_unfold(sender, |mut sender| async move {
+        Ok(sender.next().await?.map(|bytes| (bytes, sender)))
     });
-    let trailer = {
-        let progress = progress.clone();
-        stream::once(async move {
-            let checksum = meter
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .checksum();
-            progress.finish(checksum);
-            let mut last = BytesMut::with_capacity(4 + TRAILER);
-            last.put_u32(0);
-            last.put_u64(checksum.bytes);
-            last.put_u128(checksum.xxh3);
-            Ok(last.freeze())
-        })
-    };
-    let counted = progress.clone();
-    let wire =
-        until_error(frames.chain(trailer)).inspect_ok(move |piece| counted.add_wire(piece.len()));
     (wire, progress)
+}
+
+/// Content, while it is sent.
+struct Sender {
+    content: BoxStream<'static, Result<Bytes>>,
+    /// What is left of a piece of it.
+    piece: Bytes,
+    /// What belongs to the length that went last.
+    body: Option<Bytes>,
+    /// What the connection was given last, and when.
+    given: Option<(Instant, usize)>,
+    meter: Meter,
+    packer: Packer,
+    progress: Progress,
+    ended: bool,
+}
+
+impl Sender {
+    async fn next(&mut self) -> Result<Option<Bytes>> {
+        if let Some((then, bytes)) = self.given.take() {
+            // The connection asks for more when it has taken what it had.
+            self.packer.taken(bytes, then.elapsed());
+        }
+        let bytes = match self.body.take() {
+            Some(body) => {
+                self.given = Some((Instant::now(), body.len()));
+                body
+            }
+            None if self.ended => return Ok(None),
+            None => self.head().await?,
+        };
+        self.progress.add_wire(bytes.len());
+        Ok(Some(bytes))
+    }
+
+    /// The length of the next frame, whose body is put by; or the last frame with the trailer.
+    async fn head(&mut self) -> Result<Bytes> {
+        while self.piece.is_empty() {
+            let Some(piece) = self.content.try_next().await? else {
+                return Ok(self.trailer());
+            };
+            self.meter.update(&piece);
+            self.progress.set_content(self.meter.bytes());
+            self.piece = piece;
+        }
+        let part = self.piece.split_to(self.piece.len().min(MAX_FRAME));
+        let (body, mark) = match self.packer.pack(&part) {
+            Some(packed) => (Bytes::from(packed), COMPRESSED),
+            None => (part, 0),
+        };
+        // At most MAX_FRAME.
+        let length = body.len() as u32;
+        self.body = Some(body);
+        Ok(Bytes::copy_from_slice(&(length | mark).to_be_bytes()))
+    }
+
+    fn trailer(&mut self) -> Bytes {
+        self.ended = true;
+        let checksum = self.meter.checksum();
+        self.progress.finish(checksum);
+        let mut last = BytesMut::with_capacity(4 + TRAILER);
+        last.put_u32(0);
+        last.put_u64(checksum.bytes);
+        last.put_u128(checksum.xxh3);
+        last.freeze()
+    }
 }
 
 /// Ends a stream behind its first error, so that nothing can follow it, a trailer least of all.
@@ -257,18 +207,6 @@ where
     })
 }
 
-/// A piece as frames: length and content, without a copy.
-fn frames_of(mut piece: Bytes) -> Vec<Bytes> {
-    let mut frames = Vec::new();
-    while !piece.is_empty() {
-        let part = piece.split_to(piece.len().min(MAX_FRAME));
-        // At most MAX_FRAME.
-        frames.push(Bytes::copy_from_slice(&(part.len() as u32).to_be_bytes()));
-        frames.push(part);
-    }
-    frames
-}
-
 /// Turns what came over the wire back into content.
 ///
 /// `limit` bounds the content in bytes, after decompression. The last item is an error unless
@@ -277,11 +215,7 @@ fn frames_of(mut piece: Bytes) -> Vec<Bytes> {
 /// # Errors
 /// The stream fails if the wire's stream does, and with [`Error::Malformed`],
 /// [`Error::Truncated`], [`Error::TooLong`] and [`Error::Mismatch`].
-pub fn receive<S, E>(
-    wire: S,
-    compression: Compression,
-    limit: u64,
-) -> (impl Stream<Item = Result<Bytes>> + Send, Progress)
+pub fn receive<S, E>(wire: S, limit: u64) -> (impl Stream<Item = Result<Bytes>> + Send, Progress)
 where
     S: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: std::error::Error + Send + Sync + 'static,
@@ -293,25 +227,18 @@ where
         state: Reading::Head(BytesMut::with_capacity(TRAILER)),
         progress: progress.clone(),
     };
-    let source = match compression {
-        Compression::None => Source::Plain(frames),
-        Compression::Zstd => {
-            let reader = StreamReader::new(AsIo(frames));
-            let window = DParameter::window_log_max(WINDOW_LOG);
-            Source::Zstd(Box::new(ZstdDecoder::with_params(reader, &[window])))
-        }
-    };
-    let state = (source, Meter::default(), progress.clone());
-    let content = stream::try_unfold(state, move |(mut source, mut meter, progress)| async move {
-        if let Some(piece) = source.next().await? {
-            meter.update(&piece, &progress);
-            if meter.bytes > limit {
+    let state = (frames, Meter::new(), progress.clone());
+    let content = stream::try_unfold(state, move |(mut frames, mut meter, progress)| async move {
+        if let Some(piece) = frames.try_next().await? {
+            meter.update(&piece);
+            progress.set_content(meter.bytes());
+            if meter.bytes() > limit {
                 return Err(Error::TooLong { limit });
             }
-            return Ok(Some((piece, (source, meter, progress))));
+            return Ok(Some((piece, (frames, meter, progress))));
         }
         let received = meter.checksum();
-        let Some(sent) = source.trailer().await? else {
+        let Reading::End(sent) = frames.state else {
             return Err(Error::Truncated {
                 bytes: received.bytes,
             });
@@ -325,52 +252,8 @@ where
     (content, progress)
 }
 
-/// The content's source at the receiver.
-enum Source {
-    Plain(Frames),
-    Zstd(Box<ZstdDecoder<StreamReader<AsIo, Bytes>>>),
-}
-
-impl Source {
-    async fn next(&mut self) -> Result<Option<Bytes>> {
-        match self {
-            Source::Plain(frames) => frames.try_next().await,
-            Source::Zstd(reader) => {
-                let mut piece = BytesMut::with_capacity(PIECE);
-                let got = reader.read_buf(&mut piece).await.map_err(from_io)?;
-                Ok((got > 0).then(|| piece.freeze()))
-            }
-        }
-    }
-
-    /// What the trailer says, once the content is through.
-    async fn trailer(self) -> Result<Option<Checksum>> {
-        let mut frames = match self {
-            Source::Plain(frames) => frames,
-            Source::Zstd(reader) => {
-                // The decoder stops at the end of its data, which may be before the last frame.
-                let (frames, rest) = reader.into_inner().into_inner_with_chunk();
-                if rest.is_some_and(|rest| !rest.is_empty()) {
-                    return Err(MORE);
-                }
-                frames.0
-            }
-        };
-        match frames.try_next().await? {
-            Some(_) => Err(MORE),
-            None => Ok(match frames.state {
-                Reading::End(checksum) => Some(checksum),
-                _ => None,
-            }),
-        }
-    }
-}
-
-const MORE: Error = Error::Malformed {
-    what: "there is data behind the end of the content",
-};
-
-/// Takes frames apart. The stream ends behind a complete trailer, and fails if there is none.
+/// Takes frames apart, and what is in them. The stream ends behind a complete trailer, and fails if there
+/// is none.
 struct Frames {
     wire: BoxStream<'static, Result<Bytes>>,
     piece: Bytes,
@@ -383,9 +266,32 @@ enum Reading {
     Head(BytesMut),
     /// So many bytes of a frame are still to come.
     Body(usize),
+    /// A compressed frame of this length, of which so much has come.
+    Compressed(usize, BytesMut),
     Trailer(BytesMut),
     /// Behind the trailer.
     End(Checksum),
+}
+
+impl Reading {
+    /// The next frame.
+    fn anew() -> Reading {
+        Reading::Head(BytesMut::with_capacity(TRAILER))
+    }
+
+    /// What this length begins.
+    fn of(head: u32) -> Result<Reading> {
+        let length = (head & !COMPRESSED) as usize;
+        match head {
+            0 => Ok(Reading::Trailer(BytesMut::with_capacity(TRAILER))),
+            _ if length > MAX_FRAME => Err(Error::Malformed {
+                what: "a frame is longer than 1 MiB",
+            }),
+            // Room is made as it comes.
+            _ if head & COMPRESSED != 0 => Ok(Reading::Compressed(length, BytesMut::new())),
+            _ => Ok(Reading::Body(length)),
+        }
+    }
 }
 
 impl Stream for Frames {
@@ -412,36 +318,42 @@ impl Stream for Frames {
                 }
                 continue;
             }
+            let mut at_most = |missing: usize| this.piece.split_to(this.piece.len().min(missing));
             match &mut this.state {
                 Reading::End(_) => {
                     let what = "there is data behind the trailer";
                     return Poll::Ready(Some(Err(Error::Malformed { what })));
                 }
                 Reading::Body(left) => {
-                    let part = this.piece.split_to(this.piece.len().min(*left));
+                    let part = at_most(*left);
                     *left -= part.len();
                     if *left == 0 {
-                        this.state = Reading::Head(BytesMut::with_capacity(TRAILER));
+                        this.state = Reading::anew();
                     }
                     return Poll::Ready(Some(Ok(part)));
                 }
+                Reading::Compressed(length, packed) => {
+                    packed.put(at_most(*length - packed.len()));
+                    if packed.len() == *length {
+                        let content = zstd::bulk::decompress(packed, MAX_FRAME);
+                        this.state = Reading::anew();
+                        return Poll::Ready(Some(match content {
+                            Ok(content) => Ok(content.into()),
+                            Err(_) => Err(UNREADABLE),
+                        }));
+                    }
+                }
                 Reading::Head(head) => {
-                    let missing = 4 - head.len();
-                    head.put(this.piece.split_to(this.piece.len().min(missing)));
+                    head.put(at_most(4 - head.len()));
                     if head.len() == 4 {
-                        this.state = match head.get_u32() as usize {
-                            0 => Reading::Trailer(BytesMut::with_capacity(TRAILER)),
-                            length if length <= MAX_FRAME => Reading::Body(length),
-                            _ => {
-                                let what = "a frame is longer than 1 MiB";
-                                return Poll::Ready(Some(Err(Error::Malformed { what })));
-                            }
-                        };
+                        match Reading::of(head.get_u32()) {
+                            Ok(next) => this.state = next,
+                            Err(error) => return Poll::Ready(Some(Err(error))),
+                        }
                     }
                 }
                 Reading::Trailer(trailer) => {
-                    let missing = TRAILER - trailer.len();
-                    trailer.put(this.piece.split_to(this.piece.len().min(missing)));
+                    trailer.put(at_most(TRAILER - trailer.len()));
                     if trailer.len() == TRAILER {
                         let bytes = trailer.get_u64();
                         let xxh3 = trailer.get_u128();
@@ -453,29 +365,13 @@ impl Stream for Frames {
     }
 }
 
-/// Frames as a reader wants them: with the system's error type.
-struct AsIo(Frames);
-
-impl Stream for AsIo {
-    type Item = std::io::Result<Bytes>;
-
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.get_mut().0.poll_next_unpin(cx).map_err(into_io)
-    }
-}
-
-fn into_io(error: Error) -> std::io::Error {
-    std::io::Error::other(error)
-}
+const UNREADABLE: Error = Error::Malformed {
+    what: "it cannot be decompressed",
+};
 
 /// Takes an error of ours out of the system's error type, in which it went through a reader.
 pub(super) fn from_io(error: std::io::Error) -> Error {
-    match error.downcast::<Error>() {
-        Ok(error) => error,
-        Err(_) => Error::Malformed {
-            what: "it cannot be decompressed",
-        },
-    }
+    error.downcast::<Error>().unwrap_or(UNREADABLE)
 }
 
 #[cfg(test)]
@@ -501,20 +397,15 @@ mod tests {
     }
 
     fn sent(content: &[u8], size: usize, compression: Compression) -> (Vec<u8>, Progress) {
-        let (wire, progress) = send(stream::iter(pieces(content, size)), compression);
+        let (wire, progress) = send_as(stream::iter(pieces(content, size)), compression);
         let wire = run(wire.map_ok(|b| b.to_vec()).try_concat()).expect("no failure");
         assert_eq!(progress.wire(), wire.len() as u64);
         (wire, progress)
     }
 
     /// What came out, whether well or not, and how it ended.
-    fn received(
-        wire: &[u8],
-        size: usize,
-        compression: Compression,
-        limit: u64,
-    ) -> (Vec<u8>, Result<Checksum>) {
-        let (content, progress) = receive(stream::iter(pieces(wire, size)), compression, limit);
+    fn received(wire: &[u8], size: usize, limit: u64) -> (Vec<u8>, Result<Checksum>) {
+        let (content, progress) = receive(stream::iter(pieces(wire, size)), limit);
         let mut got = Vec::new();
         let end = run(content.try_for_each(|piece| {
             got.extend_from_slice(&piece);
@@ -527,7 +418,7 @@ mod tests {
         (got, end)
     }
 
-    const BOTH: [Compression; 2] = [Compression::None, Compression::Zstd];
+    const BOTH: [Compression; 2] = [Compression::Measured, Compression::Always];
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
@@ -539,7 +430,7 @@ mod tests {
         ) {
             for compression in BOTH {
                 let (wire, progress) = sent(&content, cut_here, compression);
-                let (got, end) = received(&wire, cut_there, compression, 20_000);
+                let (got, end) = received(&wire, cut_there, 20_000);
                 prop_assert_eq!(&got, &content);
                 prop_assert_eq!(end.ok(), progress.checksum());
                 prop_assert_eq!(progress.content(), content.len() as u64);
@@ -556,7 +447,7 @@ mod tests {
                 let (mut wire, _) = sent(&content, 700, compression);
                 let at = at.index(wire.len());
                 wire[at] ^= 1 << bit;
-                let (got, end) = received(&wire, 900, compression, 1 << 20);
+                let (got, end) = received(&wire, 900, 1 << 20);
                 // zstd's own header has bits that mean nothing: then the content must be right.
                 prop_assert!(end.is_err() || got == content, "{end:?}");
             }
@@ -570,7 +461,7 @@ mod tests {
             for compression in BOTH {
                 let (wire, _) = sent(&content, 700, compression);
                 let kept = wire.len().saturating_sub(lost);
-                let (_, end) = received(&wire[..kept], 900, compression, 1 << 20);
+                let (_, end) = received(&wire[..kept], 900, 1 << 20);
                 prop_assert!(end.is_err());
             }
         }
@@ -579,25 +470,25 @@ mod tests {
     #[test]
     fn the_limit_holds_for_what_comes_out_of_decompression() {
         let content = vec![0; 5 << 20];
-        let (wire, _) = sent(&content, 1 << 20, Compression::Zstd);
+        let (wire, _) = sent(&content, 1 << 20, Compression::Always);
         assert!(wire.len() < 100_000, "{} bytes", wire.len());
-        let (got, end) = received(&wire, 4096, Compression::Zstd, 1 << 20);
+        let (got, end) = received(&wire, 4096, 1 << 20);
         assert!(matches!(end, Err(Error::TooLong { .. })), "{end:?}");
-        assert!(got.len() <= (1 << 20) + PIECE);
+        assert!(got.len() <= 1 << 20);
     }
 
     #[test]
     fn large_pieces_become_frames_that_are_not_too_long() {
         let content = vec![7; 3 * MAX_FRAME + 5];
-        let (wire, _) = sent(&content, content.len(), Compression::None);
-        let (got, end) = received(&wire, 1 << 16, Compression::None, u64::MAX);
+        let (wire, _) = sent(&content, content.len(), Compression::Measured);
+        let (got, end) = received(&wire, 1 << 16, u64::MAX);
         assert_eq!(got, content);
         end.expect("a clean end");
     }
 
     #[test]
     fn a_frame_that_is_too_long_is_refused() {
-        let (_, end) = received(&[0x7f, 0, 0, 0, 1], 5, Compression::None, u64::MAX);
+        let (_, end) = received(&[0x7f, 0, 0, 0, 1], 5, u64::MAX);
         assert!(matches!(end, Err(Error::Malformed { .. })), "{end:?}");
     }
 
@@ -606,7 +497,7 @@ mod tests {
         for compression in BOTH {
             let (mut wire, _) = sent(b"content", 7, compression);
             wire.push(0);
-            let (_, end) = received(&wire, 1000, compression, 100);
+            let (_, end) = received(&wire, 1000, 100);
             assert!(matches!(end, Err(Error::Malformed { .. })), "{end:?}");
         }
     }
@@ -616,7 +507,7 @@ mod tests {
         for compression in BOTH {
             let content =
                 stream::iter([Ok(Bytes::from_static(b"x")), Err(io::Error::other("gone"))]);
-            let (wire, progress) = send(content, compression);
+            let (wire, progress) = send_as(content, compression);
             let items: Vec<_> = run(wire.collect());
             assert!(
                 matches!(items.last(), Some(Err(Error::Upstream(_)))),
@@ -628,7 +519,7 @@ mod tests {
 
     #[test]
     fn a_checksum_has_a_readable_json_form() {
-        let (_, progress) = sent(b"", 1, Compression::None);
+        let (_, progress) = sent(b"", 1, Compression::Measured);
         let checksum = progress.checksum().expect("a checksum");
         let text = serde_json::to_string(&checksum).expect("JSON");
         // That of nothing, from XXH3's reference implementation.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::wait_for;
 use crate::agent::{Invites, Limits, Offer};
-use crate::bundle::{Compression, headed, send};
+use crate::bundle::{Compression, headed, send_as};
 use crate::conntrack::{Entry, Mark, Protocol, Status, TcpInfo, TcpSide, TcpState, Tuple};
 use crate::netlink::{Body, Request};
 use crate::tunnel::HopId;
@@ -238,17 +238,17 @@ fn files() -> Named {
 fn transfer() -> Named {
     let sent = |content: &'static [u8], compression| -> Vec<u8> {
         let content = stream::iter([Ok::<_, std::io::Error>(Bytes::from_static(content))]);
-        let (wire, _) = send(content, compression);
+        let (wire, _) = send_as(content, compression);
         let wire: Vec<Bytes> = wait_for(wire.try_collect()).expect("sent");
         wire.concat()
     };
     let zeros = &[0; 4000];
     // Only what the frames hold, for the choice that makes frames itself.
-    let bare = |wire: Vec<u8>| wire[4..wire.len() - 44].to_vec();
+    let bare = |wire: Vec<u8>| wire[4..wire.len() - 28].to_vec();
     vec![
-        ("plain", with(0, sent(b"content", Compression::None))),
-        ("zstd", with(1, sent(zeros, Compression::Zstd))),
-        ("zstd-bare", with(3, bare(sent(zeros, Compression::Zstd)))),
+        ("plain", with(0, sent(b"content", Compression::Measured))),
+        ("zstd", with(0, sent(zeros, Compression::Always))),
+        ("zstd-bare", with(3, bare(sent(zeros, Compression::Always)))),
     ]
 }
 

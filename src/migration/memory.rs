@@ -18,7 +18,7 @@ use super::preflight::Preflight;
 use super::request::Request;
 use super::shell::Shell;
 use crate::agent::protocol::{MigrationId, Nothing};
-use crate::bundle::{self, Compression, Progress};
+use crate::bundle::{self, Progress};
 use crate::criu::pages::Layout;
 use crate::criu::pages::relay::{self, Lists};
 use crate::criu::pages::wanted::{self, FirstMoments};
@@ -139,7 +139,7 @@ async fn pages(
     let failed: CancellationToken = terms.request.cancel.child_token();
     let pages =
         relay::pages(criu, terms.layout, lists).take_until(failed.clone().cancelled_owned());
-    let (bytes, progress) = bundle::send(pages, Compression::None);
+    let (bytes, progress) = bundle::send(pages);
     let within = terms.config().shell_timeout;
     let send = shell
         .for_pages

@@ -20,7 +20,7 @@ use super::preflight::connect;
 use super::{Effect, Migration, freeze};
 use crate::agent::Connection;
 use crate::agent::protocol::Nothing;
-use crate::bundle::{self, Compression, Progress};
+use crate::bundle::{self, Progress};
 use crate::runtime::{
     Checkpoint, CriuOption, Invocation, OnStandby, Rendezvous, Standby, Verb, setup,
 };
@@ -139,7 +139,7 @@ impl Migration<'_> {
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send + 'static,
     {
-        let (bytes, progress) = bundle::send(content, Compression::None);
+        let (bytes, progress) = bundle::send(content);
         let path = format!("/v1/migrations/{}/{part}", self.id);
         let within = self.request.config.shell_timeout;
         let Nothing {} = self

@@ -11,7 +11,7 @@ use futures::stream::BoxStream;
 use super::Migration;
 use super::freeze::Frozen;
 use crate::agent::protocol::Flows;
-use crate::bundle::{self, Captured, Compression, Progress, splice};
+use crate::bundle::{self, Captured, Progress, splice};
 use crate::{Error, Result};
 
 /// The stream, ready to be sent.
@@ -42,7 +42,7 @@ pub(super) async fn transfer(migration: &mut Migration<'_>) -> Result<()> {
         }
         Frozen::Direct { images, changes } => (images.chain(changes.into_stream()).boxed(), None),
     };
-    let (bytes, progress) = bundle::send(bundle::headed(&header, content)?, Compression::None);
+    let (bytes, progress) = bundle::send(bundle::headed(&header, content)?);
     migration.stream = Some(Stream {
         bytes: bytes.boxed(),
         progress,

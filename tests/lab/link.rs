@@ -42,6 +42,14 @@ for port in h1 h2; do tc qdisc add dev $port root tbf rate 20mbit burst 10kb lat
         .await;
 }
 
+/// What leaves the link at either end waits in a queue of this rate, in tc(8)'s words.
+pub async fn narrow(wan: &Node, rate: &str) {
+    let narrow = format!(
+        "for port in h1 h2; do tc qdisc add dev $port root tbf rate {rate} burst 64kb latency 50ms; done"
+    );
+    wan.sh(&narrow).await;
+}
+
 /// The link is as it was.
 pub async fn mend(wan: &Node) {
     wan.sh("nft flush ruleset

@@ -13,7 +13,7 @@ use super::super::shell::Shell;
 use super::super::{Body, ReplyBody, reply};
 use super::{CONTAINER, Session, Sessions, restored};
 use crate::Error;
-use crate::bundle::{self, Compression};
+use crate::bundle;
 use crate::criu::pages::Layout;
 use crate::migration::Effect;
 use crate::podman;
@@ -60,7 +60,7 @@ impl Sessions {
         if session.stage != Stage::Prepared {
             return Err(Error::OutOfOrder("preparation"));
         }
-        let (content, _) = bundle::receive(body, Compression::None, CONTAINER);
+        let (content, _) = bundle::receive(body, CONTAINER);
         let content = content.boxed();
         match part {
             ["rounds", number] => {
