@@ -299,7 +299,11 @@ impl Sessions {
                 StatusCode::FORBIDDEN,
                 "may-not-send",
                 format!("{} may not send containers to this host", caller.peer.name),
-            ));
+            )
+            .with_hint(format!(
+                "if it is to: `livemig allow {} send` on the host that refused",
+                caller.peer.name
+            )));
         }
         match (&head.method, path.as_slice()) {
             (&Method::POST, ["v1", "assess"]) => {
