@@ -155,7 +155,7 @@ impl Paths {
         id: &PathId,
     ) -> Result<Arc<tokio::sync::Mutex<Change>>, Refusal> {
         match self.expected().get(id) {
-            Some(shared) if shared.anchor == caller.peer.fingerprint => Ok(shared.state.clone()),
+            Some(shared) if shared.anchor == caller.peer.lasting() => Ok(shared.state.clone()),
             _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
                 "no-such-path",
@@ -189,7 +189,7 @@ impl Paths {
         let old = self.hop_to(&caller.peer)?;
         let anchor = self.known(&ask.anchor, &caller.peer)?;
         let change = Shared {
-            anchor: anchor.fingerprint,
+            anchor: anchor.lasting(),
             since: Instant::now(),
             state: Arc::new(tokio::sync::Mutex::new(Change {
                 addresses: ask.addresses,
@@ -220,7 +220,7 @@ impl Paths {
         journal.will([Effect::Hop {
             user: id.as_str().to_owned(),
         }])?;
-        let peer = &caller.peer.fingerprint;
+        let peer = &caller.peer.lasting();
         let made = async {
             let own = migration::open_hop(&self.config, peer, id.as_str(), ask.hop.mtu).await?;
             let address = caller.remote.ip();
@@ -373,7 +373,7 @@ impl Paths {
     fn hop_to(&self, peer: &Peer) -> Result<HopId, Error> {
         let hop = migration::tunnels(&self.config)
             .registry()
-            .find(&peer.fingerprint.to_string())?;
+            .find(&peer.lasting().to_string())?;
         hop.map(|hop| hop.spec.hop)
             .ok_or_else(|| Error::NoHop(peer.name.to_string()))
     }
@@ -435,7 +435,7 @@ impl ShortCut<'_> {
             .get(old)?
             .and_then(|hop| Some(hop.proposal?.mtu))
             .ok_or(Error::OutOfOrder("hop"))?;
-        let own = migration::open_hop(config, &host.fingerprint, id.as_str(), mtu).await?;
+        let own = migration::open_hop(config, &host.lasting(), id.as_str(), mtu).await?;
         let new = own.hop;
         self.journal.will([Effect::PathAsked {
             peer: host.name.to_string(),

@@ -62,6 +62,7 @@ pub struct Sessions {
 /// A migration and whose it is. One request at a time works on it.
 #[derive(Debug, Clone)]
 struct Shared {
+    /// [`Peer::lasting`](super::Peer::lasting): its key may be replaced meanwhile.
     peer: Fingerprint,
     state: Arc<tokio::sync::Mutex<Session>>,
 }
@@ -257,7 +258,7 @@ impl Sessions {
             }
         };
         for (id, session) in open {
-            if known.iter().any(|peer| peer.fingerprint == session.peer) {
+            if known.iter().any(|peer| peer.lasting() == session.peer) {
                 continue;
             }
             // A request that is being worked on ends first.
@@ -373,7 +374,7 @@ impl Sessions {
                 }
             }
             (&Method::DELETE, ["v1", "forwardings", container]) => {
-                let peer = caller.peer.fingerprint.to_string();
+                let peer = caller.peer.lasting().to_string();
                 said(self.no_more_from(container, &peer).await)
             }
             (&Method::GET, ["v1", "migrations", id]) => {
@@ -452,7 +453,7 @@ impl Sessions {
         self.sessions().insert(
             id.clone(),
             Shared {
-                peer: caller.peer.fingerprint,
+                peer: caller.peer.lasting(),
                 state,
             },
         );
@@ -507,7 +508,7 @@ impl Sessions {
             user: id.as_str().to_owned(),
         }])?;
         let mtu = migration::mtu(&session.offer.networks);
-        let peer = &caller.peer.fingerprint;
+        let peer = &caller.peer.lasting();
         let own = migration::open_hop(&self.config, peer, id.as_str(), mtu).await?;
         migration::connect_hop(&self.config, own.hop, theirs, caller.remote.ip()).await?;
         session.hop = Some(own.hop);
@@ -983,7 +984,7 @@ impl Sessions {
         let id = number(id)?;
         match self.sessions().get(&id) {
             // To everyone but its source a migration does not exist.
-            Some(session) if session.peer == caller.peer.fingerprint => {
+            Some(session) if session.peer == caller.peer.lasting() => {
                 Ok((id, session.state.clone()))
             }
             _ => Err(Refusal::new(

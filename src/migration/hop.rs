@@ -26,7 +26,7 @@ pub(crate) fn tunnels(config: &Config) -> Tunnels {
 pub(crate) fn peer_of(config: &Config, hop: &Hop) -> Result<Option<Peer>> {
     let peers = Peers::open(&config.state_dir, &Limits::default())?.list()?;
     let mut peers = peers.into_iter();
-    let known = peers.find(|peer| peer.fingerprint.to_string() == hop.peer);
+    let known = peers.find(|peer| peer.lasting().to_string() == hop.peer);
     Ok(known.map(|mut peer| {
         let at = hop
             .connection

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::CommandFactory;
 use livemig::agent::{
     Address, DEFAULT_PORT, Identity, Invites, JoinAs, Limits, Offer, PeerName, Peers, Permission,
-    Server, Sessions, Token, Trust,
+    Server, Sessions, Token, Told, Trust, Word,
 };
 use livemig::conntrack::{Counting, Direction};
 use livemig::migration::{self, Event, Hopless, Keep, Observer, Phase, Policy};
@@ -51,6 +51,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Hosts => hosts(&config, json),
         Command::Allow { host, may } => allow(&config, &host, may, json),
         Command::Revoke { host, now } => revoke(&config, &host, now, json).await,
+        Command::Rekey { without } => rekey(&config, &without, json).await,
         Command::Migrate {
             what,
             keep_volumes,
@@ -405,6 +406,48 @@ async fn revoke(config: &Config, host: &str, now: bool, json: bool) -> Result<Ex
     }
     for leftover in &revoked.leftovers {
         println!("still there: {leftover}");
+    }
+    Ok(done)
+}
+
+async fn rekey(config: &Config, without: &[PeerName], json: bool) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
+    let rekeyed = livemig::agent::rekey(&config.state_dir, without, &Limits::default()).await?;
+    let done = match (&rekeyed.next, rekeyed.is_done()) {
+        (Some(_), _) => exit::refused(),
+        (None, true) => ExitCode::SUCCESS,
+        (None, false) => exit::leftovers(),
+    };
+    if json {
+        print_json(&rekeyed);
+        return Ok(done);
+    }
+    match &rekeyed.next {
+        None => println!("the key of this host is {} now", rekeyed.fingerprint),
+        Some(_) => println!("the key of this host is {} still", rekeyed.fingerprint),
+    }
+    for Told { name, word } in &rekeyed.peers {
+        match word {
+            Word::New => println!("{name} knows the new key, and the old one no more"),
+            Word::Both { why: None } => println!("{name} has been told, and accepts both keys"),
+            Word::Both { why: Some(why) } => println!(
+                "{name} accepts both keys until it sees the new one, which it has not: {why}"
+            ),
+            Word::Old { why } => println!(
+                "{name} could not be told: {why}\n  \
+                 → see to it that its agent can be reached; or leave it out: --without {name}"
+            ),
+            Word::Lost => println!(
+                "{name} is left out\n  \
+                 → afterwards, on both hosts: livemig revoke; then livemig invite and livemig join"
+            ),
+        }
+    }
+    if rekeyed.invitations > 0 {
+        println!("open invitations are withdrawn: make new ones (livemig invite)");
+    }
+    if !rekeyed.is_done() {
+        println!("to go on from here: livemig rekey");
     }
     Ok(done)
 }
