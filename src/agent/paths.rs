@@ -41,7 +41,7 @@ use super::protocol::{
     Switched,
 };
 use super::session::{number, said};
-use super::{Body, Caller, Fingerprint, Limits, Peer, Peers};
+use super::{Body, Caller, Fingerprint, Peer, Peers};
 use super::{Permission, Refusal, Reply};
 use crate::conntrack::hold::{Hold, HoldSpec, Pace, Rate, Reserved, To};
 use crate::conntrack::{Tuple, alias, steer};
@@ -52,13 +52,6 @@ use crate::{Config, Error};
 
 /// How many paths may be about to change at one time.
 const LIMIT: usize = 1024;
-/// How long the other end may take for all of it before this end gives up.
-const FORSAKEN: Duration = Duration::from_secs(60);
-/// How long the hop that is not taken any more lets the flows in after a change: longer than the
-/// other end asks again.
-const ADMITTED: Duration = Duration::from_secs(60);
-/// How long an end whose answer was lost is asked again.
-const ASKED_FOR: Duration = Duration::from_secs(30);
 /// How long to wait before asking again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -170,7 +163,7 @@ impl Paths {
             let expected = self.expected();
             let old = expected
                 .iter()
-                .filter(|(_, shared)| shared.since.elapsed() >= FORSAKEN);
+                .filter(|(_, shared)| shared.since.elapsed() >= self.config.path_timeout);
             old.map(|(id, shared)| (id.clone(), shared.clone()))
                 .collect()
         };
@@ -294,7 +287,7 @@ impl Paths {
                 return Err(Error::PathLeft(left.clone()));
             }
             journal.close()?;
-            dismiss_later(new, change.addresses.clone());
+            self.dismiss_later(new, change.addresses.clone());
         }
         Ok(Nothing {})
     }
@@ -333,7 +326,7 @@ impl Paths {
             Ok(shortened) => {
                 journal.commit()?;
                 journal.close()?;
-                dismiss_later(old, ask.addresses);
+                self.dismiss_later(old, ask.addresses);
                 Ok(shortened)
             }
             Err(error) => {
@@ -369,6 +362,17 @@ impl Paths {
         }
     }
 
+    /// After a while nothing is on the other path any more, and nobody asks again.
+    fn dismiss_later(&self, hop: HopId, addresses: Vec<IpAddr>) {
+        let after = self.config.path_timeout;
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            if let Err(error) = steer::dismiss(hop, &addresses) {
+                tracing::warn!(%hop, %error, "a hop still admits a container's flows");
+            }
+        });
+    }
+
     /// The hop to a peer.
     fn hop_to(&self, peer: &Peer) -> Result<HopId, Error> {
         let hop = migration::tunnels(&self.config)
@@ -380,7 +384,7 @@ impl Paths {
 
     /// The host that `introducer` speaks of, as it is known here; or from now on.
     fn known(&self, host: &Introduction, introducer: &Peer) -> Result<Peer, Error> {
-        let peers = Peers::open(&self.config.state_dir, &Limits::default())?;
+        let peers = Peers::open(&self.config.state_dir, &self.config.limits)?;
         if let Some(mut known) = peers.by_fingerprint(host.fingerprint)? {
             known.address.get_or_insert(host.address.clone());
             return Ok(known);
@@ -511,20 +515,10 @@ impl ShortCut<'_> {
             match asked.await {
                 Ok(()) => return Ok(()),
                 Err(error @ Error::Agent(super::Error::Refused { .. })) => return Err(error),
-                Err(error) if began.elapsed() >= ASKED_FOR => return Err(error),
+                Err(error) if began.elapsed() >= self.config.path_end_timeout => return Err(error),
                 Err(error) => tracing::debug!(%error, path = %id, "no answer yet; asking again"),
             }
             tokio::time::sleep(ASK_AGAIN).await;
         }
     }
-}
-
-/// After a while nothing is on the other path any more, and nobody asks again.
-fn dismiss_later(hop: HopId, addresses: Vec<IpAddr>) {
-    tokio::spawn(async move {
-        tokio::time::sleep(ADMITTED).await;
-        if let Err(error) = steer::dismiss(hop, &addresses) {
-            tracing::warn!(%hop, %error, "a hop still admits a container's flows");
-        }
-    });
 }

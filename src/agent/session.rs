@@ -26,7 +26,7 @@ use super::protocol::{
     Status, Undone,
 };
 use super::shell::Shell;
-use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
+use super::{Body, Caller, Fingerprint, Handler, Peers, Permission, Refusal, Reply, reply};
 use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::bundle::{self, Compression};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
@@ -102,7 +102,7 @@ struct Session {
 impl Sessions {
     /// The migrations coming to the host with this configuration: none so far.
     pub fn new(config: Config) -> Sessions {
-        let podman = Client::new(&config.podman_socket);
+        let podman = Client::with_timeouts(&config.podman_socket, config.podman);
         Sessions {
             paths: Paths::new(config.clone(), podman.clone()),
             config,
@@ -249,7 +249,7 @@ impl Sessions {
         if open.is_empty() {
             return;
         }
-        let known = Peers::open(&self.config.state_dir, &Limits::default()).and_then(|p| p.list());
+        let known = Peers::open(&self.config.state_dir, &self.config.limits).and_then(|p| p.list());
         let known = match known {
             Ok(known) => known,
             Err(error) => {

@@ -14,7 +14,7 @@ use super::hop::tunnels;
 use super::journal::{Journal, JournalError, left_behind, number_of, under_way};
 use super::must_be_root;
 use super::report::Leftover;
-use crate::agent::{Fingerprint, Invites, Limits, Peer, PeerName, Peers, Permission};
+use crate::agent::{Fingerprint, Invites, Peer, PeerName, Peers, Permission};
 use crate::conntrack::{Direction, Entry, Family, Table, alias, steer};
 use crate::migration::Effect;
 use crate::netlink::Namespace;
@@ -67,8 +67,7 @@ pub struct Revoked {
 /// to it has not ended. Nothing has been changed then.
 pub async fn revoke(config: &Config, host: &str, now: bool) -> Result<Revoked> {
     must_be_root()?;
-    let limits = Limits::default();
-    let peers = Peers::open(&config.state_dir, &limits)?;
+    let peers = Peers::open(&config.state_dir, &config.limits)?;
     let (name, fingerprint) = match host.parse::<Fingerprint>() {
         Ok(fingerprint) => {
             let known = peers.by_fingerprint(fingerprint)?;
@@ -116,7 +115,8 @@ pub async fn revoke(config: &Config, host: &str, now: bool) -> Result<Revoked> {
         leftovers: Vec::new(),
     };
     // The key is gone already, which is what matters most; so the rest is told, not failed with.
-    let withdrawn = Invites::open(&config.state_dir, &limits).and_then(|all| all.withdraw_all());
+    let withdrawn =
+        Invites::open(&config.state_dir, &config.limits).and_then(|all| all.withdraw_all());
     match withdrawn {
         Ok(withdrawn) => revoked.invitations = withdrawn,
         Err(error) => revoked.leftovers.push(Leftover {

@@ -134,6 +134,8 @@ pub struct Settings {
     /// it. With this, it is enough that one side can reach the other. It costs 32 bytes of
     /// payload each time.
     pub keepalive: Option<Duration>,
+    /// How long the process of a userspace device may take to begin.
+    pub device_timeout: Duration,
 }
 
 impl Settings {
@@ -152,6 +154,7 @@ impl Settings {
             backend: None,
             first_port: Self::FIRST_PORT,
             keepalive: Some(Self::KEEPALIVE),
+            device_timeout: userspace::START,
         }
     }
 }
@@ -372,7 +375,8 @@ impl Tunnels {
             Backend::Kernel => netlink.add_wireguard().await?,
             Backend::Userspace => {
                 let log = self.registry.log_path(spec.hop);
-                userspace::start(&self.settings.helper, spec, &log, |process| {
+                let within = self.settings.device_timeout;
+                userspace::start(&self.settings.helper, spec, &log, within, |process| {
                     self.registry
                         .update(spec.hop, |hop| hop.device = Some(process))
                         .map(|_| ())

@@ -714,9 +714,15 @@ fn a_helper_that_fails_says_why_and_leaves_nothing() {
         ..spec.clone()
     };
     let error = a.on(async move |tunnels| {
-        userspace::start(&tunnels.settings.helper, &taken, &log, |_| Ok(()))
-            .await
-            .unwrap_err()
+        userspace::start(
+            &tunnels.settings.helper,
+            &taken,
+            &log,
+            userspace::START,
+            |_| Ok(()),
+        )
+        .await
+        .unwrap_err()
     });
     assert!(
         error.to_string().contains("livemig9 could not be created"),

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::CommandFactory;
 use livemig::agent::{
-    Address, DEFAULT_PORT, Identity, Invites, JoinAs, Limits, Offer, PeerName, Peers, Permission,
-    Server, Sessions, Token, Told, Trust, Word,
+    Address, DEFAULT_PORT, Identity, Invites, JoinAs, Offer, PeerName, Peers, Permission, Server,
+    Sessions, Token, Told, Trust, Word,
 };
 use livemig::conntrack::{Counting, Direction};
 use livemig::migration::{self, Event, Hopless, Keep, Observer, Phase, Policy};
@@ -160,7 +160,7 @@ fn setup(config: &Config, remove: bool, json: bool) -> Result<ExitCode, Error> {
 
 async fn agent(config: Config, listen: std::net::SocketAddr) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let limits = Limits::default();
+    let limits = config.limits.clone();
     let trust = Trust::open(&config.state_dir, own_name()?, &limits)?;
     let fingerprint = trust.identity.fingerprint();
     let sessions = std::sync::Arc::new(Sessions::new(config));
@@ -232,7 +232,7 @@ fn invite(
     json: bool,
 ) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let limits = Limits::default();
+    let limits = &config.limits;
     let identity = Identity::load_or_create(&config.state_dir)?;
     let address: Address = match address {
         Some(address) => with_port(&address).parse()?,
@@ -243,7 +243,7 @@ fn invite(
         address,
         fingerprint: identity.fingerprint(),
     };
-    let token = Invites::open(&config.state_dir, &limits)?.create(&offer, valid)?;
+    let token = Invites::open(&config.state_dir, limits)?.create(&offer, valid)?;
     if json {
         return Ok(print_json(&serde_json::json!({
             "token": token.to_string(),
@@ -295,7 +295,7 @@ async fn join(
     json: bool,
 ) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let limits = Limits::default();
+    let limits = &config.limits;
     let token: Token = token.trim().parse().map_err(livemig::agent::Error::from)?;
     let own = JoinAs {
         name: own_name()?,
@@ -305,8 +305,8 @@ async fn join(
         call_it: name.map(|name| name.parse()).transpose()?,
     };
     let identity = Identity::load_or_create(&config.state_dir)?;
-    let peers = Peers::open(&config.state_dir, &limits)?;
-    let peer = livemig::agent::join(&token, &own, &identity, &peers, &limits).await?;
+    let peers = Peers::open(&config.state_dir, limits)?;
+    let peer = livemig::agent::join(&token, &own, &identity, &peers, limits).await?;
     if json {
         return Ok(print_json(&peer));
     }
@@ -316,7 +316,7 @@ async fn join(
 
 fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let peers = Peers::open(&config.state_dir, &Limits::default())?.list()?;
+    let peers = Peers::open(&config.state_dir, &config.limits)?.list()?;
     if json {
         return Ok(print_json(&peers));
     }
@@ -339,7 +339,7 @@ fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
 
 fn allow(config: &Config, host: &str, may: Vec<Permission>, json: bool) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let peers = Peers::open(&config.state_dir, &Limits::default())?;
+    let peers = Peers::open(&config.state_dir, &config.limits)?;
     let peer = peers.allow(&host.parse()?, may.into_iter().collect())?;
     if json {
         return Ok(print_json(&peer));
@@ -412,7 +412,7 @@ async fn revoke(config: &Config, host: &str, now: bool, json: bool) -> Result<Ex
 
 async fn rekey(config: &Config, without: &[PeerName], json: bool) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let rekeyed = livemig::agent::rekey(&config.state_dir, without, &Limits::default()).await?;
+    let rekeyed = livemig::agent::rekey(&config.state_dir, without, &config.limits).await?;
     let done = match (&rekeyed.next, rekeyed.is_done()) {
         (Some(_), _) => exit::refused(),
         (None, true) => ExitCode::SUCCESS,
