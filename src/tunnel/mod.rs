@@ -456,7 +456,10 @@ impl Tunnels {
         let (v4, v6) = choose(own.party(), peer.party())?;
         let connection = Connection {
             peer_key: peer.public_key,
-            endpoint: SocketAddr::new(address, peer.listen_port),
+            // A caller's address, at an agent that listens for both families, is an IPv4 address within
+            // an IPv6 one. It has to be the same by which this host calls: another one is another peer,
+            // whose session begins anew, and what is on its way is lost.
+            endpoint: SocketAddr::new(address.to_canonical(), peer.listen_port),
             v4,
             v6,
             mtu: own.mtu.max(peer.mtu),

@@ -253,6 +253,21 @@ fn join(a: &Host, b: &Host) -> (HopId, HopId) {
     (hop_a, hop_b)
 }
 
+/// An agent that listens for both families has its callers' IPv4 addresses within IPv6 ones.
+#[test]
+fn the_same_peer_is_the_same_however_its_address_is_written() {
+    let (a, b, _router) = hosts();
+    let (hop_a, hop_b) = join(&a, &b);
+    let before = a.record(hop_a);
+    let theirs = b.record(hop_b).proposal.unwrap();
+    let IpAddr::V4(address) = ADDRESS_B else {
+        unreachable!("it is an IPv4 address")
+    };
+    let again = a.connect(hop_a, &theirs, address.to_ipv6_mapped().into());
+    // With another endpoint it would be another peer, and its session would begin anew.
+    assert_eq!(again, before);
+}
+
 /// A UDP socket whose packets carry the mark of a hop, and must arrive whole or not at all.
 fn marked(hop: HopId, v6: bool) -> UdpSocket {
     let socket = UdpSocket::bind(if v6 { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
