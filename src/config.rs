@@ -73,6 +73,9 @@ pub struct Config {
     pub ending_timeout: Duration,
     /// How long an answer of the destination may be late that was given before it forgot the migration.
     pub late_answer_timeout: Duration,
+    /// How long packets may be on their way through a tunnel when a container comes home. What comes later
+    /// is lost.
+    pub in_flight_timeout: Duration,
     /// How long a userspace tunnel may take to be there.
     pub device_timeout: Duration,
     /// How long a host may take for a change of a path before the others give it up, and for how long
@@ -144,6 +147,7 @@ impl Default for Config {
             runtime_timeout: Duration::from_secs(30),
             ending_timeout: Duration::from_secs(10),
             late_answer_timeout: Duration::from_secs(2),
+            in_flight_timeout: Duration::from_millis(500),
             device_timeout: Duration::from_secs(10),
             path_timeout: Duration::from_secs(60),
             path_end_timeout: Duration::from_secs(30),

@@ -22,8 +22,8 @@ use super::endings::Endings;
 use super::memory::Memory;
 use super::paths::Paths;
 use super::protocol::{
-    Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
-    Status, Undone,
+    Assessment, Flows, Held, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running,
+    Stage, Status, Undone,
 };
 use super::shell::Shell;
 use super::{Body, Caller, Fingerprint, Handler, Peers, Permission, Refusal, Reply, reply};
@@ -346,8 +346,8 @@ impl Sessions {
                 said(taken)
             }
             (&Method::POST, ["v1", "migrations", id, "hold"]) => {
-                let (_, session) = self.find(&caller, id)?;
-                said(self.hold(&mut *session.lock().await).await)
+                let (id, session) = self.find(&caller, id)?;
+                said(self.hold(&id, &mut *session.lock().await).await)
             }
             (&Method::POST, ["v1", "migrations", id, "release"]) => {
                 let (_, session) = self.find(&caller, id)?;
@@ -533,15 +533,15 @@ impl Sessions {
     }
 
     /// Holds what comes for the container on connections that began here.
-    async fn hold(&self, session: &mut Session) -> Result<Nothing, Error> {
+    async fn hold(&self, id: &MigrationId, session: &mut Session) -> Result<Held, Error> {
         if session.stage != Stage::Prepared || session.hold.is_some() {
             return Err(Error::OutOfOrder("preparation"));
         }
-        let addresses = session.offer.container.addresses().collect();
+        let addresses: Vec<_> = session.offer.container.addresses().collect();
         let reserved = Reserved::first_free()?;
         let spec = HoldSpec {
             side: Side::Home,
-            ..HoldSpec::new(reserved.queue(), addresses)
+            ..HoldSpec::new(reserved.queue(), addresses.clone())
         };
         session
             .journal
@@ -549,7 +549,9 @@ impl Sessions {
         let mut hold = reserved.prepare(spec).await?;
         hold.hold_all()?;
         session.hold = Some(hold);
-        Ok(Nothing {})
+        let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
+        let marked = migration::mark_end(&self.config, &addresses, hop, id).await?;
+        Ok(Held { marked })
     }
 
     /// Lets go what was held: the source has let go of its own.

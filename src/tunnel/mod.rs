@@ -31,6 +31,7 @@ mod hop_id;
 mod interface;
 mod kernel;
 mod key;
+mod marker;
 mod process;
 mod registry;
 mod route;

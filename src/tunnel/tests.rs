@@ -268,6 +268,29 @@ fn the_same_peer_is_the_same_however_its_address_is_written() {
     assert_eq!(again, before);
 }
 
+#[test]
+fn a_mark_is_seen_where_the_hop_ends_and_no_other() {
+    let (a, b, _router) = hosts();
+    let (hop_a, hop_b) = join(&a, &b);
+    let awaited = b.on(async move |tunnels| tunnels.await_mark(hop_b, "0123").unwrap());
+    let send = |mark: &'static str| {
+        a.on(async move |tunnels| {
+            tunnels
+                .send_mark(hop_a, mark, Duration::ZERO)
+                .await
+                .unwrap()
+        });
+    };
+    send("0124");
+    let (awaited, came) = b.on(async move |_| {
+        let came = awaited.came(Duration::from_millis(100)).await;
+        (awaited, came)
+    });
+    assert!(!came);
+    send("0123");
+    assert!(b.on(async move |_| awaited.came(PATIENCE).await));
+}
+
 /// A UDP socket whose packets carry the mark of a hop, and must arrive whole or not at all.
 fn marked(hop: HopId, v6: bool) -> UdpSocket {
     let socket = UdpSocket::bind(if v6 { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
