@@ -1,10 +1,15 @@
 //! Where livemig keeps its things on a host, and the bounds it works within.
+//!
+//! What is waited for and may take longer on some host than on others has its bound here. Not here is how
+//! often something is looked at, and the bound of what this host's own kernel does at once or never
+//! (netlink, `nft`, WireGuard's uapi, a file lock that is held for an edit): that stands where it is waited for.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::agent::Limits;
 use crate::migration::Policy;
-use crate::{conntrack, tunnel};
+use crate::{conntrack, podman, tunnel};
 
 /// Paths and bounds of livemig on this host.
 ///
@@ -61,6 +66,27 @@ pub struct Config {
     pub unwanted_restore_timeout: Duration,
     /// How many migrations may be coming to this host at one time.
     pub incoming: usize,
+    /// How long Podman may take to notice that its runtime has ended, and a part of CRIU to begin.
+    pub runtime_timeout: Duration,
+    /// How long processes may take to end that were killed, and the runtime to tidy up after them: those that
+    /// a Podman has left that died.
+    pub ending_timeout: Duration,
+    /// How long an answer of the destination may be late that was given before it forgot the migration.
+    pub late_answer_timeout: Duration,
+    /// How long packets may be on their way through a tunnel when a container comes home. What comes later
+    /// is lost.
+    pub in_flight_timeout: Duration,
+    /// How long a userspace tunnel may take to be there.
+    pub device_timeout: Duration,
+    /// How long a host may take for a change of a path before the others give it up, and for how long
+    /// connections may come the other way afterwards. Longer than `path_end_timeout`.
+    pub path_timeout: Duration,
+    /// How long the end of a path is asked whether it has changed when its answer was lost.
+    pub path_end_timeout: Duration,
+    /// How long Podman's single answers may take.
+    pub podman: podman::Timeouts,
+    /// What the agent and its callers accept, and how long they wait for each other.
+    pub limits: Limits,
 }
 
 impl Config {
@@ -68,6 +94,7 @@ impl Config {
     pub(crate) fn tunnel_settings(&self) -> tunnel::Settings {
         tunnel::Settings {
             first_port: self.tunnel_port,
+            device_timeout: self.device_timeout,
             ..tunnel::Settings::new(self.run_dir.join("hops"), &self.program)
         }
     }
@@ -117,6 +144,15 @@ impl Default for Config {
             checkpoint_timeout: Duration::from_secs(600),
             unwanted_restore_timeout: Duration::from_secs(45),
             incoming: 16,
+            runtime_timeout: Duration::from_secs(30),
+            ending_timeout: Duration::from_secs(10),
+            late_answer_timeout: Duration::from_secs(2),
+            in_flight_timeout: Duration::from_millis(500),
+            device_timeout: Duration::from_secs(10),
+            path_timeout: Duration::from_secs(60),
+            path_end_timeout: Duration::from_secs(30),
+            podman: podman::Timeouts::default(),
+            limits: Limits::default(),
         }
     }
 }

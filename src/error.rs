@@ -285,9 +285,12 @@ impl Error {
                 Class::Refused
             }
             Error::Podman(error) if error.is_not_found() => Class::Refused,
-            Error::Agent(agent::Error::UnknownPeer { .. } | agent::Error::BadName { .. }) => {
-                Class::Refused
-            }
+            Error::Agent(
+                agent::Error::UnknownPeer { .. }
+                | agent::Error::BadName { .. }
+                | agent::Error::KeyInUse
+                | agent::Error::KeyBeingReplaced,
+            ) => Class::Refused,
             Error::Agent(_) | Error::Elsewhere { .. } => Class::Unreachable,
             Error::Interrupted(_) | Error::Rehearsed(_) => Class::Interrupted,
             Error::RolledBack { leftovers, .. } if !leftovers.is_empty() => Class::Leftovers,
@@ -333,6 +336,8 @@ impl Error {
                 agent::Error::Connect { .. } => "unreachable",
                 agent::Error::NotAdmitted { .. } => "not-admitted",
                 agent::Error::WrongHost { .. } => "wrong-host",
+                agent::Error::KeyInUse => "key-in-use",
+                agent::Error::KeyBeingReplaced => "key-being-replaced",
                 agent::Error::Protocol { .. } => "protocol-version",
                 agent::Error::Refused { code, .. } => code,
                 _ => "agent",

@@ -3,10 +3,13 @@
 
 mod lab;
 
+use lab::pair::Pair;
 use lab::{Lab, Node, Process};
-use livemig::agent::Limits;
+use livemig::agent::{Limits, PROTOCOL};
+use serde_json::Value;
 
-const AGENT: &str = "https://10.77.0.12:27757/v1/hello";
+const AGENT: &str = "https://10.77.0.12:27757";
+const HELLO: &str = "/v1/hello";
 
 /// Makes `joining` and `inviting` known to each other, and returns the token.
 async fn join(inviting: &Node, joining: &Node) -> String {
@@ -40,8 +43,15 @@ fn size(agent: &Process) -> (usize, usize) {
     (resident, files.count())
 }
 
+/// What an agent answered.
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    body: Value,
+}
+
 /// `curl` with the key of the host that runs it, as a livemig peer would call.
-async fn curl_as_host(host: &Node, more: &str) -> String {
+async fn curl_as_host(host: &Node, more: &str, path: &str) -> Answer {
     let key = host
         .exec(&["cat", "/var/lib/livemig/identity/key.pem"])
         .await;
@@ -52,9 +62,16 @@ async fn curl_as_host(host: &Node, more: &str) -> String {
     std::fs::write(host.path("/tmp/cert.pem"), certificate.pem()).expect("a directory");
     let curl = format!(
         "curl -sk --cert /tmp/cert.pem --key /var/lib/livemig/identity/key.pem \
-         -H 'livemig-protocol: 2' -o /dev/null --max-time 30 -w '%{{http_code}}' {more} {AGENT} || :"
+         -H 'livemig-protocol: {PROTOCOL}' --max-time 30 -w '\n%{{http_code}}' {more} {AGENT}{path} || :"
     );
-    host.sh(&curl).await.text().to_owned()
+    let answered = host.sh(&curl).await;
+    let text = answered.text();
+    // Of an empty body not even the end of its line is left.
+    let (body, status) = text.rsplit_once('\n').unwrap_or(("", text));
+    Answer {
+        status: status.parse().expect("a number"),
+        body: serde_json::from_str(body).unwrap_or_default(),
+    }
 }
 
 #[tokio::test]
@@ -77,16 +94,13 @@ async fn strangers_are_refused_and_peers_are_served() {
         println!("served after {after}");
     };
     served("nothing").await;
-    assert_eq!(
-        curl_as_host(h1, "").await,
-        "200",
-        "what is refused below could be served"
-    );
+    let hello = curl_as_host(h1, "", HELLO).await;
+    assert_eq!(hello.status, 200, "what is refused below could be served");
     let (memory, files) = size(&agent);
 
-    let refused = h3
-        .try_exec(&["curl", "-skf", "-H", "livemig-protocol: 2", AGENT])
-        .await;
+    let url = format!("{AGENT}{HELLO}");
+    let protocol = format!("livemig-protocol: {PROTOCOL}");
+    let refused = h3.try_exec(&["curl", "-skf", "-H", &protocol, &url]).await;
     assert!(
         !refused.status.success() && refused.stdout.is_empty(),
         "{refused}"
@@ -149,7 +163,8 @@ async fn strangers_are_refused_and_peers_are_served() {
         "for n in $(seq {lines}); do printf 'x-%s: %04000d\\n' $n 0; done >/tmp/head"
     ))
     .await;
-    assert_eq!(curl_as_host(h1, "-H @/tmp/head").await, "431");
+    let endless = curl_as_host(h1, "-H @/tmp/head", HELLO).await;
+    assert_eq!(endless.status, 431, "{endless:?}");
     served("an endless head").await;
 
     let known = h2.exec(&["livemig", "--json", "hosts"]).await.json();
@@ -187,4 +202,93 @@ async fn strangers_are_refused_and_peers_are_served() {
     let name = name.as_str().expect("a name");
     h2.exec(&["livemig", "check", "other", "--to", name]).await;
     lab.down().await;
+}
+
+/// Everything that a host asks for that sends a container, by the method and the path.
+const OF_A_SENDER: [(&str, &str); 16] = [
+    ("POST", "/v1/assess"),
+    ("POST", "/v1/migrations/0123456789abcdef"),
+    ("GET", "/v1/migrations/0123456789abcdef"),
+    ("DELETE", "/v1/migrations/0123456789abcdef"),
+    ("POST", "/v1/migrations/0123456789abcdef/probe"),
+    ("PUT", "/v1/migrations/0123456789abcdef/image"),
+    ("PUT", "/v1/migrations/0123456789abcdef/shell"),
+    ("PUT", "/v1/migrations/0123456789abcdef/files"),
+    ("PUT", "/v1/migrations/0123456789abcdef/standby"),
+    ("POST", "/v1/migrations/0123456789abcdef/hold"),
+    ("POST", "/v1/migrations/0123456789abcdef/restore"),
+    ("POST", "/v1/migrations/0123456789abcdef/lazy"),
+    ("POST", "/v1/migrations/0123456789abcdef/fetched"),
+    ("POST", "/v1/migrations/0123456789abcdef/release"),
+    ("POST", "/v1/migrations/0123456789abcdef/commit"),
+    ("DELETE", "/v1/forwardings/0123456789abcdef"),
+];
+
+#[tokio::test]
+async fn a_peer_that_may_not_send_is_refused_whatever_it_sends() {
+    let pair = Pair::up().await;
+    let [h1, h2] = [pair.host(1), pair.host(2)];
+    h1.run_workload("web", &["-p", "7000:7000"], &["echo", "7000"])
+        .await;
+    let check = ["livemig", "check", "web", "--to", "h2"];
+    h1.exec(&check).await;
+    h1.sh("head -c 300000 /dev/urandom >/tmp/stream").await;
+
+    for may in [
+        &["receive"][..],
+        &["introduce"],
+        &["receive", "introduce"],
+        &[],
+    ] {
+        let allow = [&["livemig", "allow", "h1"], may].concat();
+        h2.exec(&allow).await;
+        let before = h2.census().await;
+        for (method, path) in OF_A_SENDER {
+            // What is refused is refused unread: it need not make sense.
+            let body = match method {
+                "PUT" => "-T /tmp/stream",
+                "POST" => "-H 'content-type: application/json' -d '{}'",
+                _ => "",
+            };
+            let answer = curl_as_host(h1, &format!("-X {method} {body}"), path).await;
+            let what = format!("{may:?}: {method} {path}: {answer:?}");
+            assert_eq!(answer.status, 403, "{what}");
+            assert_eq!(answer.body["code"], "may-not-send", "{what}");
+            let hint = answer.body["hint"].as_str();
+            assert!(
+                hint.is_some_and(|hint| hint.contains("livemig allow h1 send")),
+                "{what}"
+            );
+        }
+        let migrate = ["livemig", "migrate", "web", "--to", "h2"];
+        let refused = h1.try_exec(&migrate).await;
+        assert_eq!(refused.status.code(), Some(4), "{refused}");
+        assert!(refused.stderr.contains("may not send"), "{refused}");
+
+        // It shares no connection with this host, so there is no path either that it could change, and
+        // nobody whom it could introduce.
+        let stranger = serde_json::json!({
+            "name": "h9", "fingerprint": format!("SHA256:{}", "A".repeat(43)), "address": "10.77.0.19",
+        });
+        let expect = serde_json::json!({"addresses": ["10.88.0.5"], "anchor": stranger});
+        let post = format!("-X POST -d '{expect}'");
+        let answer = curl_as_host(h1, &post, "/v1/paths/0123456789abcdef/expect").await;
+        assert_eq!(answer.body["code"], "no-hop", "{may:?}: {answer:?}");
+        for verb in ["open", "probe", "switch", "end"] {
+            let path = format!("/v1/paths/0123456789abcdef/{verb}");
+            let answer = curl_as_host(h1, "-X POST -d '{\"flows\":[]}'", &path).await;
+            assert!(
+                (400..500).contains(&answer.status),
+                "{may:?}: {verb}: {answer:?}"
+            );
+        }
+        h2.assert_as_before(&before).await;
+        let known = h2.exec(&["livemig", "--json", "hosts"]).await.json();
+        assert_eq!(known.as_array().map(Vec::len), Some(1), "{known}");
+    }
+    // It is still the same agent.
+    h2.exec(&["livemig", "allow", "h1", "send"]).await;
+    let moved = pair.migrate("web", 1, 2).await;
+    pair.assert_moved("web", 1, 2, &moved).await;
+    pair.down().await;
 }

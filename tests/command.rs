@@ -251,8 +251,7 @@ async fn help() {
             .any(|line| line.starts_with(&format!("  {number} ")));
         assert!(said, "no exit code {number} in {output}");
     }
-    let verbs =
-        "agent invite join hosts allow revoke migrate check plan ps flows recover completions";
+    let verbs = "agent invite join hosts allow revoke rekey migrate check plan ps flows recover completions";
     for verb in verbs.split(' ') {
         assert!(output.stdout.contains(&format!("\n  {verb} ")), "{output}");
         let help = livemig(host, &format!("{verb} --help")).await;

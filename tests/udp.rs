@@ -197,3 +197,46 @@ async fn datagrams_that_the_container_does_not_read_are_reported() {
 async fn every_datagram_is_answered_once_and_in_order() {
     nothing_goes_wrong("udp-echo", "echo").await;
 }
+
+/// The hop is slow at the moment when the container is about to come home: what is in it arrives before the
+/// container leaves.
+#[tokio::test]
+async fn what_is_late_on_its_way_to_a_container_that_comes_home_arrives() {
+    /// Longer than anybody would wait on suspicion, and short enough for the queue of an interface at this
+    /// rate (500 packets).
+    const LATE: Duration = Duration::from_millis(200);
+    let pair = Pair::up().await;
+    let (h1, c1) = (pair.host(1), pair.client(1));
+    h1.run_workload("web", &["-p", "7000:7000/udp"], &["udp-echo", PORT])
+        .await;
+    let ip = h1.ip();
+    let client = ["client-udp", &ip, PORT, "--rate", RATE, "--mode", "echo"];
+    let client = c1.spawn(&client).await;
+    let there = pair.migrate("web", 1, 2).await;
+    pair.assert_moved("web", 1, 2, &there).await;
+
+    let stand_still = [("LIVEMIG_STAND_STILL", "started:hold")];
+    let back = pair.spawn_migration_with("web", 2, 1, &[], &stand_still);
+    back.stands_still().await;
+    let device = h1
+        .sh("pgrep -f '^[^ ]*livemig tunnel-device livemig1 '")
+        .await;
+    let device = device.text();
+    h1.sh(&format!("kill -STOP {device}")).await;
+    back.go_on();
+    // From here on packets wait here.
+    h1.sh("until { nft list ruleset; iptables-save; } 2>/dev/null | grep -qi queue; do sleep 0.01; done")
+        .await;
+    tokio::time::sleep(LATE).await;
+    h1.sh(&format!("kill -CONT {device}")).await;
+    let back = back.finish().await;
+    assert!(back.status.success(), "{back}");
+    let report = pair::report(&back);
+    pair.assert_moved("web", 2, 1, &report).await;
+    println!("{:#}", report["breakdown"]);
+    let client = client.stop().await;
+    for wrong in WRONGS {
+        assert_eq!(client[wrong], 0, "{wrong}: {client}, {report}");
+    }
+    pair.down().await;
+}

@@ -30,6 +30,12 @@ const LISTED: &[(&str, usize, &str)] = &[
         3,
         "two ioctl(2) that make a tun, for which there is no other call, and tokio's promise again",
     ),
+    (
+        "tunnel/marker.rs",
+        3,
+        "the address of a packet socket and a filter for it, which nix takes by their bytes only or not at \
+         all, and tokio's promise again",
+    ),
     // Tests.
     (
         "agent/session_tests.rs",

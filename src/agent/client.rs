@@ -2,8 +2,10 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::fs::File;
 use std::future::Future;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -29,11 +31,12 @@ use tokio::time::{Instant, Sleep, timeout};
 use tokio_rustls::TlsConnector;
 
 use super::error::RefusalBody;
+use super::identity::DIRECTORY;
 use super::server::{Hello, Join, Joined};
 use super::wire::{Body, Wire, WireState};
 use super::{
     Address, Error, Fingerprint, Identity, Limits, PROTOCOL, PROTOCOL_HEADER, Peer, PeerName,
-    Peers, Result, Token, tls,
+    Peers, Result, Token, rekey, tls,
 };
 
 type BoxError = Box<dyn StdError + Send + Sync>;
@@ -53,6 +56,9 @@ pub struct Connection {
     end: Arc<End>,
     address: Address,
     own: Fingerprint,
+    peer_key: Option<Fingerprint>,
+    /// For as long as it is there, the key with which this began is not replaced.
+    key_in_use: Option<File>,
     local: SocketAddr,
     remote: SocketAddr,
     limits: Limits,
@@ -97,6 +103,16 @@ impl Connection {
         identity: &Identity,
         limits: &Limits,
     ) -> Result<Connection> {
+        Connection::open_to(address, vec![expected], identity, limits).await
+    }
+
+    /// The same to a host that may have any of these keys, the first of which it had last.
+    pub(super) async fn open_to(
+        address: &Address,
+        expected: Vec<Fingerprint>,
+        identity: &Identity,
+        limits: &Limits,
+    ) -> Result<Connection> {
         let tcp = timeout(
             limits.connect,
             TcpStream::connect((address.host(), address.port())),
@@ -117,7 +133,7 @@ impl Connection {
         let wire = Wire::new(tcp, limits).map_err(connect)?;
         let state = wire.state();
 
-        let (config, pinned) = tls::client(identity, expected)?;
+        let (config, pinned) = tls::client(identity, expected.clone())?;
         // No name is sent or checked; rustls wants one.
         let name = ServerName::IpAddress(remote.ip().into());
         let handshake = TlsConnector::from(config).connect(name, wire);
@@ -131,13 +147,13 @@ impl Connection {
             }
             Ok(Ok(tls)) => tls,
             Ok(Err(source)) => {
-                return Err(match pinned.other() {
-                    Some(found) => Error::WrongHost {
+                return Err(match (pinned.other(), expected.first()) {
+                    (Some(found), Some(&expected)) => Error::WrongHost {
                         address: address.clone(),
                         expected,
                         found,
                     },
-                    None => Error::Handshake {
+                    _ => Error::Handshake {
                         address: address.clone(),
                         source,
                     },
@@ -175,6 +191,8 @@ impl Connection {
             end,
             address: address.clone(),
             own: identity.fingerprint(),
+            peer_key: pinned.found(),
+            key_in_use: None,
             local,
             remote,
             limits: limits.clone(),
@@ -186,6 +204,34 @@ impl Connection {
             .call_within(Method::GET, "/v1/hello", &(), limits.handshake)
             .await?;
         connection.hello = Some(hello);
+        Ok(connection)
+    }
+
+    /// A connection to a peer, by whichever of its keys it has now, and with this host's. For as long as it
+    /// is open this host's key is not replaced.
+    ///
+    /// # Errors
+    /// As [`Connection::open`].
+    pub(crate) async fn to_peer(
+        address: &Address,
+        peer: &Peer,
+        state_dir: &Path,
+        limits: &Limits,
+    ) -> Result<Connection> {
+        let key_in_use = rekey::key_in_use(&state_dir.join(DIRECTORY), limits).await?;
+        let identity = Identity::load_or_create(state_dir)?;
+        let peers = Peers::open(state_dir, limits)?;
+        // It may have told of another one since.
+        let known = peers.find(&peer.name)?;
+        let known = known.filter(|known| known.lasting() == peer.lasting());
+        let keys = known.as_ref().unwrap_or(peer).keys().collect();
+        let mut connection = Connection::open_to(address, keys, &identity, limits).await?;
+        connection.key_in_use = Some(key_in_use);
+        if let Some(key) = connection.peer_key
+            && known.is_some_and(|known| known.next == Some(key))
+        {
+            peers.used(key)?;
+        }
         Ok(connection)
     }
 
@@ -680,6 +726,10 @@ pub async fn join(
     peers: &Peers,
     limits: &Limits,
 ) -> Result<Peer> {
+    // The other host shall not get to know a key that is about to go.
+    let _key_in_use = rekey::key_in_use(identity.directory(), limits).await?;
+    let newer = identity.successor()?;
+    let identity = newer.as_ref().unwrap_or(identity);
     let offer = &token.offer;
     if offer.fingerprint == identity.fingerprint() {
         return Err(Error::OwnToken);

@@ -126,6 +126,24 @@ pub enum Error {
         /// The fingerprint.
         fingerprint: Fingerprint,
     },
+    /// No host that is known here has this key.
+    #[error("no host with the key {fingerprint} is known here")]
+    NotAPeer {
+        /// The key.
+        fingerprint: Fingerprint,
+    },
+    /// It is not known where the agent of a peer listens.
+    #[error("it is not known where the agent of {name} listens")]
+    NoWayTo {
+        /// The peer.
+        name: PeerName,
+    },
+    /// This host's key cannot be replaced while connections that began with it go on.
+    #[error("this host's key is in use: a migration from here is under way")]
+    KeyInUse,
+    /// Another process is replacing this host's key.
+    #[error("this host's key is being replaced by another process already")]
+    KeyBeingReplaced,
     /// There are as many peers as there may be.
     #[error("this host knows {limit} hosts already, which is the limit")]
     TooManyPeers {
@@ -317,6 +335,10 @@ impl Error {
             Error::TokenExpired { .. } | Error::NotInvited | Error::InviteExpired => {
                 "ask for a new token: `livemig invite` on the other host".into()
             }
+            Error::KeyInUse => {
+                "run `livemig rekey` again when the migration has ended: it goes on from where it is".into()
+            }
+            Error::KeyBeingReplaced => "wait for it".into(),
             Error::OwnToken => "use it on the other host".into(),
             Error::TooManyInvites { .. } => "wait until one expires, or withdraw one".into(),
             Error::Connect { address, .. } => format!(
@@ -423,6 +445,7 @@ impl From<Error> for Refusal {
             Error::NotInvited => (StatusCode::FORBIDDEN, "not-invited"),
             Error::InviteExpired => (StatusCode::FORBIDDEN, "invite-expired"),
             Error::NameTaken { .. } => (StatusCode::CONFLICT, "name-taken"),
+            Error::NotAPeer { .. } => (StatusCode::FORBIDDEN, "not-a-peer"),
             Error::KnownAs { .. } => (StatusCode::CONFLICT, "known-by-other-name"),
             Error::TooManyPeers { .. } => (StatusCode::SERVICE_UNAVAILABLE, "too-many-peers"),
             _ => {

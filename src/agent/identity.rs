@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -16,9 +16,9 @@ use super::store::{self, Existing};
 use super::{Error, Result};
 
 /// The directory of the key in the state directory.
-const DIRECTORY: &str = "identity";
+pub(super) const DIRECTORY: &str = "identity";
 /// The file of the key in that directory: PKCS #8 as PEM.
-const KEY: &str = "key.pem";
+pub(super) const KEY: &str = "key.pem";
 /// An Ed25519 key in PEM takes less than 200 bytes.
 const KEY_LIMIT: u64 = 4096;
 
@@ -114,6 +114,22 @@ struct Inner {
     key: PrivateKeyDer<'static>,
     certificate: CertificateDer<'static>,
     fingerprint: Fingerprint,
+    /// Where it was read, and which file that was.
+    path: PathBuf,
+    stamp: Stamp,
+}
+
+/// Tells a file from another that has come in its place: device, inode, and when it was changed, in
+/// seconds and nanoseconds.
+type Stamp = (u64, u64, i64, i64);
+
+fn stamp(metadata: &std::fs::Metadata) -> Stamp {
+    (
+        metadata.dev(),
+        metadata.ino(),
+        metadata.ctime(),
+        metadata.ctime_nsec(),
+    )
 }
 
 impl Identity {
@@ -125,29 +141,48 @@ impl Identity {
     /// [`Error::LooseMode`] and [`Error::ForeignKey`] if somebody else could have read the key,
     /// [`Error::Key`] if it is not an Ed25519 key, [`Error::File`] if it cannot be read or written.
     pub fn load_or_create(state_dir: &Path) -> Result<Identity> {
-        let directory = state_dir.join(DIRECTORY);
-        match Identity::load(&directory)? {
+        Identity::load_or_make(&state_dir.join(DIRECTORY), KEY)
+    }
+
+    /// The same for a file of any name in the directory of the keys.
+    pub(super) fn load_or_make(directory: &Path, name: &str) -> Result<Identity> {
+        match Identity::load(directory, name)? {
             Some(identity) => Ok(identity),
             None => {
-                store::private_directory(&directory)?;
+                store::private_directory(directory)?;
                 let key =
                     rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(Error::NewKey)?;
                 store::write(
-                    &directory,
-                    KEY,
+                    directory,
+                    name,
                     key.serialize_pem().as_bytes(),
                     Existing::Keep,
                 )?;
                 // Read back: another process may have been first.
-                Identity::load(&directory)?.ok_or_else(|| {
-                    Error::file("find", directory.join(KEY))(std::io::ErrorKind::NotFound.into())
+                Identity::load(directory, name)?.ok_or_else(|| {
+                    Error::file("find", directory.join(name))(std::io::ErrorKind::NotFound.into())
                 })
             }
         }
     }
 
-    fn load(directory: &Path) -> Result<Option<Identity>> {
-        let path = directory.join(KEY);
+    /// The directory that its file is in.
+    pub(super) fn directory(&self) -> &Path {
+        self.0.path.parent().unwrap_or(Path::new("/"))
+    }
+
+    /// The key that came in the place of this one, if one did.
+    pub(super) fn successor(&self) -> Result<Option<Identity>> {
+        let path = &self.0.path;
+        let metadata = std::fs::symlink_metadata(path).map_err(Error::file("look at", path))?;
+        if stamp(&metadata) == self.0.stamp {
+            return Ok(None);
+        }
+        Identity::load(self.directory(), KEY)
+    }
+
+    pub(super) fn load(directory: &Path, name: &str) -> Result<Option<Identity>> {
+        let path = directory.join(name);
         let file = match store::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -178,12 +213,12 @@ impl Identity {
             });
         }
         let pem = store::read_open(file, &path, KEY_LIMIT)?;
-        Identity::from_pem(&String::from_utf8_lossy(&pem))
+        Identity::from_pem(&String::from_utf8_lossy(&pem), &path, stamp(&metadata))
             .map(Some)
             .map_err(|source| Error::Key { path, source })
     }
 
-    fn from_pem(pem: &str) -> Result<Identity, rcgen::Error> {
+    fn from_pem(pem: &str, path: &Path, stamp: Stamp) -> Result<Identity, rcgen::Error> {
         let key = rcgen::KeyPair::from_pkcs8_pem_and_sign_algo(pem, &rcgen::PKCS_ED25519)?;
         let mut parameters = rcgen::CertificateParams::default();
         parameters
@@ -198,6 +233,8 @@ impl Identity {
             key: PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
             certificate,
             fingerprint,
+            path: path.to_owned(),
+            stamp,
         })))
     }
 

@@ -10,6 +10,7 @@
 //! - Two hosts come to know one another through an invitation: [`Invites`] opens one and prints a
 //!   [`Token`]; whoever brings it, once and in time, is recorded ([`join`]). There is no authority
 //!   above the two hosts.
+//! - A host gets another key by telling its peers of it with the one that they know ([`rekey()`]).
 //! - Transport is HTTP/1.1 over TLS 1.3 with both keys pinned ([`Server`], [`Connection`]). The
 //!   certificates are wrapping paper for the keys: names, dates and chains in them mean nothing.
 //!   A key that is not known gets a TLS alert and nothing else, unless an invitation is open; then
@@ -24,6 +25,7 @@
 //!     | -- GET /v1/hello ------------------------> |  livemig-protocol: 2, both ways
 //!     | <- {name, version, you} ------------------ |
 //!     | -- POST /v1/join {secret, name, address} > |  only with an invitation
+//!     | -- POST /v1/key {next} ------------------> |  a peer will have another key
 //!     | -- any other request --------------------> |  Handler, with the Peer who calls
 //! ```
 
@@ -37,6 +39,7 @@ mod memory;
 mod paths;
 mod peer;
 pub mod protocol;
+mod rekey;
 mod server;
 mod session;
 mod shell;
@@ -54,6 +57,7 @@ pub use identity::{Fingerprint, Identity};
 pub use invite::{Invites, Offer, Secret, Token, TokenError};
 pub use limits::Limits;
 pub use peer::{Address, Peer, PeerName, Peers, Permission, UnknownPermission};
+pub use rekey::{Rekeyed, Told, Word, rekey};
 pub use server::{Caller, Counters, Handler, Reply, ReplyBody, Server, Trust, reply};
 pub use wire::Body;
 

@@ -41,7 +41,7 @@ use super::protocol::{
     Switched,
 };
 use super::session::{number, said};
-use super::{Body, Caller, Fingerprint, Limits, Peer, Peers};
+use super::{Body, Caller, Fingerprint, Peer, Peers};
 use super::{Permission, Refusal, Reply};
 use crate::conntrack::hold::{Hold, HoldSpec, Pace, Rate, Reserved, To};
 use crate::conntrack::{Tuple, alias, steer};
@@ -52,13 +52,6 @@ use crate::{Config, Error};
 
 /// How many paths may be about to change at one time.
 const LIMIT: usize = 1024;
-/// How long the other end may take for all of it before this end gives up.
-const FORSAKEN: Duration = Duration::from_secs(60);
-/// How long the hop that is not taken any more lets the flows in after a change: longer than the
-/// other end asks again.
-const ADMITTED: Duration = Duration::from_secs(60);
-/// How long an end whose answer was lost is asked again.
-const ASKED_FOR: Duration = Duration::from_secs(30);
 /// How long to wait before asking again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -155,7 +148,7 @@ impl Paths {
         id: &PathId,
     ) -> Result<Arc<tokio::sync::Mutex<Change>>, Refusal> {
         match self.expected().get(id) {
-            Some(shared) if shared.anchor == caller.peer.fingerprint => Ok(shared.state.clone()),
+            Some(shared) if shared.anchor == caller.peer.lasting() => Ok(shared.state.clone()),
             _ => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
                 "no-such-path",
@@ -170,7 +163,7 @@ impl Paths {
             let expected = self.expected();
             let old = expected
                 .iter()
-                .filter(|(_, shared)| shared.since.elapsed() >= FORSAKEN);
+                .filter(|(_, shared)| shared.since.elapsed() >= self.config.path_timeout);
             old.map(|(id, shared)| (id.clone(), shared.clone()))
                 .collect()
         };
@@ -189,7 +182,7 @@ impl Paths {
         let old = self.hop_to(&caller.peer)?;
         let anchor = self.known(&ask.anchor, &caller.peer)?;
         let change = Shared {
-            anchor: anchor.fingerprint,
+            anchor: anchor.lasting(),
             since: Instant::now(),
             state: Arc::new(tokio::sync::Mutex::new(Change {
                 addresses: ask.addresses,
@@ -220,7 +213,7 @@ impl Paths {
         journal.will([Effect::Hop {
             user: id.as_str().to_owned(),
         }])?;
-        let peer = &caller.peer.fingerprint;
+        let peer = &caller.peer.lasting();
         let made = async {
             let own = migration::open_hop(&self.config, peer, id.as_str(), ask.hop.mtu).await?;
             let address = caller.remote.ip();
@@ -294,7 +287,7 @@ impl Paths {
                 return Err(Error::PathLeft(left.clone()));
             }
             journal.close()?;
-            dismiss_later(new, change.addresses.clone());
+            self.dismiss_later(new, change.addresses.clone());
         }
         Ok(Nothing {})
     }
@@ -333,7 +326,7 @@ impl Paths {
             Ok(shortened) => {
                 journal.commit()?;
                 journal.close()?;
-                dismiss_later(old, ask.addresses);
+                self.dismiss_later(old, ask.addresses);
                 Ok(shortened)
             }
             Err(error) => {
@@ -369,18 +362,29 @@ impl Paths {
         }
     }
 
+    /// After a while nothing is on the other path any more, and nobody asks again.
+    fn dismiss_later(&self, hop: HopId, addresses: Vec<IpAddr>) {
+        let after = self.config.path_timeout;
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            if let Err(error) = steer::dismiss(hop, &addresses) {
+                tracing::warn!(%hop, %error, "a hop still admits a container's flows");
+            }
+        });
+    }
+
     /// The hop to a peer.
     fn hop_to(&self, peer: &Peer) -> Result<HopId, Error> {
         let hop = migration::tunnels(&self.config)
             .registry()
-            .find(&peer.fingerprint.to_string())?;
+            .find(&peer.lasting().to_string())?;
         hop.map(|hop| hop.spec.hop)
             .ok_or_else(|| Error::NoHop(peer.name.to_string()))
     }
 
     /// The host that `introducer` speaks of, as it is known here; or from now on.
     fn known(&self, host: &Introduction, introducer: &Peer) -> Result<Peer, Error> {
-        let peers = Peers::open(&self.config.state_dir, &Limits::default())?;
+        let peers = Peers::open(&self.config.state_dir, &self.config.limits)?;
         if let Some(mut known) = peers.by_fingerprint(host.fingerprint)? {
             known.address.get_or_insert(host.address.clone());
             return Ok(known);
@@ -435,7 +439,7 @@ impl ShortCut<'_> {
             .get(old)?
             .and_then(|hop| Some(hop.proposal?.mtu))
             .ok_or(Error::OutOfOrder("hop"))?;
-        let own = migration::open_hop(config, &host.fingerprint, id.as_str(), mtu).await?;
+        let own = migration::open_hop(config, &host.lasting(), id.as_str(), mtu).await?;
         let new = own.hop;
         self.journal.will([Effect::PathAsked {
             peer: host.name.to_string(),
@@ -511,20 +515,10 @@ impl ShortCut<'_> {
             match asked.await {
                 Ok(()) => return Ok(()),
                 Err(error @ Error::Agent(super::Error::Refused { .. })) => return Err(error),
-                Err(error) if began.elapsed() >= ASKED_FOR => return Err(error),
+                Err(error) if began.elapsed() >= self.config.path_end_timeout => return Err(error),
                 Err(error) => tracing::debug!(%error, path = %id, "no answer yet; asking again"),
             }
             tokio::time::sleep(ASK_AGAIN).await;
         }
     }
-}
-
-/// After a while nothing is on the other path any more, and nobody asks again.
-fn dismiss_later(hop: HopId, addresses: Vec<IpAddr>) {
-    tokio::spawn(async move {
-        tokio::time::sleep(ADMITTED).await;
-        if let Err(error) = steer::dismiss(hop, &addresses) {
-            tracing::warn!(%hop, %error, "a hop still admits a container's flows");
-        }
-    });
 }

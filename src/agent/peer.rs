@@ -240,6 +240,13 @@ pub struct Peer {
     pub address: Option<Address>,
     /// Its key.
     pub fingerprint: Fingerprint,
+    /// The key that it is about to have instead: accepted as well, and the only one from its first use
+    /// on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<Fingerprint>,
+    /// Its first key, if it has had another since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first: Option<Fingerprint>,
     /// Since when it is known, in whole seconds.
     #[serde(with = "super::unix_seconds")]
     pub added: SystemTime,
@@ -255,10 +262,28 @@ impl Peer {
             name,
             address,
             fingerprint,
+            next: None,
+            first: None,
             added: super::unix_seconds::to(super::unix_seconds::from(SystemTime::now()))
                 .unwrap_or(SystemTime::UNIX_EPOCH),
             may: [Permission::Send, Permission::Receive].into(),
         }
+    }
+
+    /// What it is called in what outlives its keys (tunnels, and migrations that are under way): the first
+    /// key by which it was known here.
+    pub fn lasting(&self) -> Fingerprint {
+        self.first.unwrap_or(self.fingerprint)
+    }
+
+    /// The keys that are taken for its own: the one that it has first.
+    pub fn keys(&self) -> impl Iterator<Item = Fingerprint> {
+        [Some(self.fingerprint), self.next].into_iter().flatten()
+    }
+
+    /// Whether a key is or was this host's.
+    fn has_had(&self, key: Fingerprint) -> bool {
+        self.keys().chain(self.first).any(|own| own == key)
     }
 
     /// Whether it may do this.
@@ -335,7 +360,7 @@ impl Peers {
             .ok_or_else(|| Error::UnknownPeer { name: name.clone() })
     }
 
-    /// The peer with this key, if there is one.
+    /// The peer with this key, or that is about to have it, if there is one.
     ///
     /// A file that cannot be read is passed over with a warning in the log, so that it does not
     /// lock out the other peers.
@@ -343,9 +368,13 @@ impl Peers {
     /// # Errors
     /// [`Error::File`] if the directory cannot be read.
     pub fn by_fingerprint(&self, fingerprint: Fingerprint) -> Result<Option<Peer>> {
+        self.first_that(|peer| peer.keys().any(|key| key == fingerprint))
+    }
+
+    fn first_that(&self, is_it: impl Fn(&Peer) -> bool) -> Result<Option<Peer>> {
         for name in self.names()? {
             match self.find(&name) {
-                Ok(Some(peer)) if peer.fingerprint == fingerprint => return Ok(Some(peer)),
+                Ok(Some(peer)) if is_it(&peer) => return Ok(Some(peer)),
                 Ok(_) => {}
                 Err(error) => tracing::warn!(%error, "passed over a peer"),
             }
@@ -366,6 +395,8 @@ impl Peers {
         match self.check(&peer.name, peer.fingerprint)? {
             Some(known) => {
                 peer.may = known.may;
+                peer.next = known.next;
+                peer.first = known.first;
                 peer.added = known.added;
                 peer.address = peer.address.or(known.address);
             }
@@ -384,7 +415,8 @@ impl Peers {
     /// # Errors
     /// [`Error::NameTaken`] and [`Error::KnownAs`].
     pub(super) fn check(&self, name: &PeerName, fingerprint: Fingerprint) -> Result<Option<Peer>> {
-        if let Some(other) = self.by_fingerprint(fingerprint)?
+        // Also a key that a host once had: what it is called by that is not to be another's.
+        if let Some(other) = self.first_that(|peer| peer.has_had(fingerprint))?
             && other.name != *name
         {
             return Err(Error::KnownAs {
@@ -399,6 +431,53 @@ impl Peers {
             }),
             known => Ok(known),
         }
+    }
+
+    /// Takes note that a peer is about to have another key. `key` is the one by which it said so.
+    ///
+    /// Its present one is accepted until the other is used ([`Peers::used`]). Told twice, it is noted once;
+    /// told another, that is the one.
+    ///
+    /// # Errors
+    /// [`Error::NotAPeer`] if no peer has that key at present, [`Error::KnownAs`] if the new one is or was
+    /// another's; [`Error::File`] if writing fails.
+    pub fn will_have(&self, key: Fingerprint, next: Fingerprint) -> Result<Peer> {
+        let _lock = store::lock(&self.directory)?;
+        let mut peer = self
+            .first_that(|peer| peer.fingerprint == key)?
+            .ok_or(Error::NotAPeer { fingerprint: key })?;
+        if next == key || peer.next == Some(next) {
+            return Ok(peer);
+        }
+        if let Some(other) = self.first_that(|other| other.has_had(next))?
+            // It may have had second thoughts about one of its own, but not go back to its first: whoever
+            // has that is somebody from whom it wants to be told apart.
+            && (other.name != peer.name || other.first == Some(next))
+        {
+            return Err(Error::KnownAs {
+                name: other.name,
+                fingerprint: next,
+            });
+        }
+        peer.next = Some(next);
+        self.write(&peer)?;
+        Ok(peer)
+    }
+
+    /// A peer has shown this key. If it is the one that it was about to have, it has no other from now on.
+    ///
+    /// # Errors
+    /// [`Error::File`] if writing fails.
+    pub fn used(&self, key: Fingerprint) -> Result<()> {
+        let _lock = store::lock(&self.directory)?;
+        let Some(mut peer) = self.first_that(|peer| peer.next == Some(key))? else {
+            return Ok(());
+        };
+        peer.first = Some(peer.lasting());
+        peer.fingerprint = key;
+        peer.next = None;
+        tracing::info!(name = %peer.name, %key, "a host has another key from now on");
+        self.write(&peer)
     }
 
     /// Changes what a peer may do.

@@ -18,7 +18,7 @@
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │              ── hold, freeze: the downtime begins ──
 //!    │  POST /v1/migrations/ID/hold    ────────────────▶  only if the container comes home: what
-//!    │  ◀───────────────────────────────────── Nothing    comes for it waits there, not here
+//!    │  ◀──────────────────────────────────────── Held    comes for it waits there, not here
 //!    │  POST /v1/migrations/ID/restore                    flows inserted, container restored
 //!    │       Flows, then the container as it is dumped ▶
 //!    │  ◀───────────────────────────────────── Running    the one round trip of the downtime
@@ -238,6 +238,15 @@ pub struct Prepared {
     /// Whether connections of the container began there, or came through there: it comes home.
     #[serde(default)]
     pub home: bool,
+}
+
+/// What comes for the container waits.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Held {
+    /// Whether all that was let pass before went into the hop of this migration, and a packet with the
+    /// migration's number follows it.
+    #[serde(default)]
+    pub marked: bool,
 }
 
 /// The first frame of a restore: what has to be known before the container runs.

@@ -38,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 use super::wire::{Body, HeadState, Heads, Wire};
 use super::{
     Address, Error, Fingerprint, Identity, Invites, Limits, PROTOCOL, PROTOCOL_HEADER, Peer,
-    PeerName, Peers, Refusal, Result, Secret, tls,
+    PeerName, Peers, Refusal, Result, Secret, store, tls,
 };
 
 /// What a host knows of itself and of others.
@@ -653,7 +653,7 @@ impl Visit {
             shared, handler, ..
         } = self;
         // Looked up anew for each request: what was taken from a peer is gone at once.
-        let peer = shared.trust.peers.by_fingerprint(self.fingerprint)?;
+        let peer = peer_with(&shared.trust, self.fingerprint).await?;
         let (head, body) = request.into_parts();
         let body = Body::new(body, &shared.limits);
         match (&head.method, head.uri.path()) {
@@ -667,6 +667,10 @@ impl Visit {
             (&Method::POST, "/v1/join") => {
                 let ask: Join = body.json_up_to(shared.limits.join, "join").await?;
                 return admit(&shared.trust, self.fingerprint, ask).await;
+            }
+            (&Method::POST, "/v1/key") => {
+                let ask: NextKey = body.json_up_to(shared.limits.join, "key").await?;
+                return will_have(&shared.trust, self.fingerprint, ask).await;
             }
             _ => {}
         }
@@ -751,11 +755,61 @@ pub(super) struct Joined {
     pub(super) name: PeerName,
 }
 
+/// What a host sends that is about to have another key, while it has the one that is known.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct NextKey {
+    pub(super) next: Fingerprint,
+}
+
+/// The peer that has shown this key. The first use of a new one ends the old one.
+async fn peer_with(trust: &Trust, key: Fingerprint) -> Result<Option<Peer>> {
+    let peer = trust.peers.by_fingerprint(key)?;
+    if peer.as_ref().is_none_or(|peer| peer.next != Some(key)) {
+        return Ok(peer);
+    }
+    let peers = trust.peers.clone();
+    blocking(move || {
+        peers.used(key)?;
+        peers.by_fingerprint(key)
+    })
+    .await
+}
+
+/// A peer says by which key it will be known.
+async fn will_have(trust: &Trust, key: Fingerprint, ask: NextKey) -> Reply {
+    let trust = trust.clone();
+    let own = trust.name.clone();
+    let peer = blocking(move || {
+        if trust.identity.fingerprint() == ask.next {
+            return Err(Error::KnownAs {
+                name: trust.name,
+                fingerprint: ask.next,
+            });
+        }
+        trust.peers.will_have(key, ask.next)
+    })
+    .await?;
+    tracing::info!(name = %peer.name, next = %ask.next, "a host is about to have another key");
+    reply::json(&Joined { name: own })
+}
+
+/// Work on files that are written and synced.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
 /// Makes a caller a peer, if he was invited.
 async fn admit(trust: &Trust, fingerprint: Fingerprint, ask: Join) -> Reply {
     let (trust, name) = (trust.clone(), ask.name.clone());
     // Several files are written and synced.
     let added = tokio::task::spawn_blocking(move || {
+        // Nor does this host's key go while another gets to know it: that takes the invitation with it.
+        let _key_in_use = store::lock_shared_waiting(trust.identity.directory())?;
         trust.invites.check(&ask.secret)?;
         // Asked before the invitation is used up, so that it can be tried again by another name.
         trust.peers.check(&ask.name, fingerprint)?;

@@ -22,11 +22,11 @@ use super::endings::Endings;
 use super::memory::Memory;
 use super::paths::Paths;
 use super::protocol::{
-    Assessment, Flows, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running, Stage,
-    Status, Undone,
+    Assessment, Flows, Held, IMAGE_PIECE, MigrationId, Nothing, Offer, Prepare, Prepared, Running,
+    Stage, Status, Undone,
 };
 use super::shell::Shell;
-use super::{Body, Caller, Fingerprint, Handler, Limits, Peers, Permission, Refusal, Reply, reply};
+use super::{Body, Caller, Fingerprint, Handler, Peers, Permission, Refusal, Reply, reply};
 use crate::bundle;
 use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::conntrack::hold::{Hold, HoldSpec, Intake, Pace, Reserved, Side, To};
@@ -62,6 +62,7 @@ pub struct Sessions {
 /// A migration and whose it is. One request at a time works on it.
 #[derive(Debug, Clone)]
 struct Shared {
+    /// [`Peer::lasting`](super::Peer::lasting): its key may be replaced meanwhile.
     peer: Fingerprint,
     state: Arc<tokio::sync::Mutex<Session>>,
 }
@@ -101,7 +102,7 @@ struct Session {
 impl Sessions {
     /// The migrations coming to the host with this configuration: none so far.
     pub fn new(config: Config) -> Sessions {
-        let podman = Client::new(&config.podman_socket);
+        let podman = Client::with_timeouts(&config.podman_socket, config.podman);
         Sessions {
             paths: Paths::new(config.clone(), podman.clone()),
             config,
@@ -248,7 +249,7 @@ impl Sessions {
         if open.is_empty() {
             return;
         }
-        let known = Peers::open(&self.config.state_dir, &Limits::default()).and_then(|p| p.list());
+        let known = Peers::open(&self.config.state_dir, &self.config.limits).and_then(|p| p.list());
         let known = match known {
             Ok(known) => known,
             Err(error) => {
@@ -257,7 +258,7 @@ impl Sessions {
             }
         };
         for (id, session) in open {
-            if known.iter().any(|peer| peer.fingerprint == session.peer) {
+            if known.iter().any(|peer| peer.lasting() == session.peer) {
                 continue;
             }
             // A request that is being worked on ends first.
@@ -299,7 +300,11 @@ impl Sessions {
                 StatusCode::FORBIDDEN,
                 "may-not-send",
                 format!("{} may not send containers to this host", caller.peer.name),
-            ));
+            )
+            .with_hint(format!(
+                "if it is to: `livemig allow {} send` on the host that refused",
+                caller.peer.name
+            )));
         }
         match (&head.method, path.as_slice()) {
             (&Method::POST, ["v1", "assess"]) => {
@@ -341,8 +346,8 @@ impl Sessions {
                 said(taken)
             }
             (&Method::POST, ["v1", "migrations", id, "hold"]) => {
-                let (_, session) = self.find(&caller, id)?;
-                said(self.hold(&mut *session.lock().await).await)
+                let (id, session) = self.find(&caller, id)?;
+                said(self.hold(&id, &mut *session.lock().await).await)
             }
             (&Method::POST, ["v1", "migrations", id, "release"]) => {
                 let (_, session) = self.find(&caller, id)?;
@@ -369,7 +374,7 @@ impl Sessions {
                 }
             }
             (&Method::DELETE, ["v1", "forwardings", container]) => {
-                let peer = caller.peer.fingerprint.to_string();
+                let peer = caller.peer.lasting().to_string();
                 said(self.no_more_from(container, &peer).await)
             }
             (&Method::GET, ["v1", "migrations", id]) => {
@@ -448,7 +453,7 @@ impl Sessions {
         self.sessions().insert(
             id.clone(),
             Shared {
-                peer: caller.peer.fingerprint,
+                peer: caller.peer.lasting(),
                 state,
             },
         );
@@ -503,7 +508,7 @@ impl Sessions {
             user: id.as_str().to_owned(),
         }])?;
         let mtu = migration::mtu(&session.offer.networks);
-        let peer = &caller.peer.fingerprint;
+        let peer = &caller.peer.lasting();
         let own = migration::open_hop(&self.config, peer, id.as_str(), mtu).await?;
         migration::connect_hop(&self.config, own.hop, theirs, caller.remote.ip()).await?;
         session.hop = Some(own.hop);
@@ -528,15 +533,15 @@ impl Sessions {
     }
 
     /// Holds what comes for the container on connections that began here.
-    async fn hold(&self, session: &mut Session) -> Result<Nothing, Error> {
+    async fn hold(&self, id: &MigrationId, session: &mut Session) -> Result<Held, Error> {
         if session.stage != Stage::Prepared || session.hold.is_some() {
             return Err(Error::OutOfOrder("preparation"));
         }
-        let addresses = session.offer.container.addresses().collect();
+        let addresses: Vec<_> = session.offer.container.addresses().collect();
         let reserved = Reserved::first_free()?;
         let spec = HoldSpec {
             side: Side::Home,
-            ..HoldSpec::new(reserved.queue(), addresses)
+            ..HoldSpec::new(reserved.queue(), addresses.clone())
         };
         session
             .journal
@@ -544,7 +549,9 @@ impl Sessions {
         let mut hold = reserved.prepare(spec).await?;
         hold.hold_all()?;
         session.hold = Some(hold);
-        Ok(Nothing {})
+        let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
+        let marked = migration::mark_end(&self.config, &addresses, hop, id).await?;
+        Ok(Held { marked })
     }
 
     /// Lets go what was held: the source has let go of its own.
@@ -979,7 +986,7 @@ impl Sessions {
         let id = number(id)?;
         match self.sessions().get(&id) {
             // To everyone but its source a migration does not exist.
-            Some(session) if session.peer == caller.peer.fingerprint => {
+            Some(session) if session.peer == caller.peer.lasting() => {
                 Ok((id, session.state.clone()))
             }
             _ => Err(Refusal::new(

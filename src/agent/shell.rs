@@ -31,8 +31,6 @@ use crate::{Config, Error, runtime};
 
 /// What the kernel calls a userfaultfd in `/proc/PID/fd`.
 const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
-/// How long Podman may take to notice that its runtime has failed, and to say so.
-const LAST_WORDS: Duration = Duration::from_secs(30);
 
 /// A container that waits for its processes.
 #[derive(Debug)]
@@ -45,6 +43,8 @@ pub(super) struct Shell {
     restoring: JoinHandle<podman::Result<Restored>>,
     /// Whether Podman has died, or given up.
     deserted: Arc<AtomicBool>,
+    /// [`Config::runtime_timeout`].
+    last_words: Duration,
     /// Whether memory is fetched when the container runs.
     post_copy: bool,
     /// Where the memory comes from then.
@@ -75,12 +75,13 @@ impl Shell {
         rendezvous: &Rendezvous,
         memory: &Memory,
         post_copy: bool,
-        within: Duration,
+        config: &Config,
     ) -> Result<Shell, Error>
     where
         S: Stream<Item = bundle::Result<Bytes>> + Send + 'static,
     {
         let (images, work) = (memory.images.clone(), memory.work.clone());
+        let within = config.shell_timeout;
         let podman = podman.clone();
         let deserted = Arc::new(AtomicBool::new(false));
         let note = deserted.clone();
@@ -108,6 +109,7 @@ impl Shell {
                     fetching: None,
                     restoring,
                     deserted,
+                    last_words: config.runtime_timeout,
                     images,
                     work,
                 })
@@ -281,7 +283,7 @@ impl Shell {
             .map_err(start)?;
         let mut ready = criu.stdout.take().ok_or(Error::OutOfOrder("pipe"))?;
         let mut byte = [0];
-        match tokio::time::timeout(LAST_WORDS, ready.read_exact(&mut byte)).await {
+        match tokio::time::timeout(self.last_words, ready.read_exact(&mut byte)).await {
             Ok(Ok(_)) => Ok(criu),
             _ => {
                 // If it has not ended by itself, there is nothing to wait for.
@@ -340,7 +342,7 @@ impl Shell {
         // The wrapper notices, fails, and so does what Podman was asked for.
         drop(self.runtime.take());
         drop(self.standby.take());
-        if tokio::time::timeout(LAST_WORDS, &mut self.restoring)
+        if tokio::time::timeout(self.last_words, &mut self.restoring)
             .await
             .is_err()
         {

@@ -127,10 +127,48 @@ pub(super) fn names(directory: &Path) -> Result<Vec<String>> {
 
 /// Keeps other processes and threads from changing a directory's files until it is dropped.
 pub(super) fn lock(directory: &Path) -> Result<File> {
+    wait_for_lock(directory, rustix::fs::FlockOperation::LockExclusive)
+}
+
+fn wait_for_lock(directory: &Path, how: rustix::fs::FlockOperation) -> Result<File> {
     let file = File::open(directory).map_err(Error::file("open", directory))?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
-        .map_err(|error| Error::file("lock", directory)(error.into()))?;
+    rustix::fs::flock(&file, how).map_err(|error| Error::file("lock", directory)(error.into()))?;
     Ok(file)
+}
+
+/// As [`lock_shared`], after whoever is alone.
+pub(super) fn lock_shared_waiting(directory: &Path) -> Result<File> {
+    wait_for_lock(directory, rustix::fs::FlockOperation::LockShared)
+}
+
+/// Keeps others from [`lock_alone`] until it is dropped, and lets others do the same. `None` if somebody
+/// is alone.
+pub(super) fn lock_shared(directory: &Path) -> Result<Option<File>> {
+    try_lock(directory, rustix::fs::FlockOperation::NonBlockingLockShared)
+}
+
+/// Keeps others from any lock of a directory until it is dropped. `None` if somebody has one.
+pub(super) fn lock_alone(directory: &Path) -> Result<Option<File>> {
+    try_lock(
+        directory,
+        rustix::fs::FlockOperation::NonBlockingLockExclusive,
+    )
+}
+
+fn try_lock(directory: &Path, how: rustix::fs::FlockOperation) -> Result<Option<File>> {
+    let file = File::open(directory).map_err(Error::file("open", directory))?;
+    match rustix::fs::flock(&file, how) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(Error::file("lock", directory)(error.into())),
+    }
+}
+
+/// Gives a file the name of another, which is gone then. Whatever happens, there is one of that name.
+pub(super) fn replace(directory: &Path, from: &str, to: &str) -> Result<()> {
+    let (from, to) = (directory.join(from), directory.join(to));
+    fs::rename(&from, &to).map_err(Error::file("replace", &to))?;
+    sync_directory(directory)
 }
 
 /// Random bytes from the system.

@@ -242,7 +242,7 @@ impl Agent {
 /// TLS of a peer, without HTTP: for what no client of ours would send.
 async fn raw(agent: &Agent, host: &Host) -> tokio_rustls::client::TlsStream<TcpStream> {
     let theirs = agent.trust.identity.fingerprint();
-    let (config, _) = tls::client(&host.trust.identity, theirs).unwrap();
+    let (config, _) = tls::client(&host.trust.identity, vec![theirs]).unwrap();
     raw_with(agent, config).await.unwrap()
 }
 
@@ -387,7 +387,7 @@ async fn without_a_certificate_there_is_only_a_refusal() {
             agent.invite(Duration::from_secs(60));
         }
         let theirs = agent.trust.identity.fingerprint();
-        let (_, pinned) = tls::client(&Host::new("x").trust.identity, theirs).unwrap();
+        let (_, pinned) = tls::client(&Host::new("x").trust.identity, vec![theirs]).unwrap();
         let config = rustls::ClientConfig::builder_with_provider(Arc::new(
             rustls::crypto::ring::default_provider(),
         ))
@@ -465,7 +465,7 @@ async fn a_certificate_without_its_key_is_refused_on_both_sides() {
     };
 
     let theirs = agent.trust.identity.fingerprint();
-    let (config, _) = tls::client(&thief.trust.identity, theirs).unwrap();
+    let (config, _) = tls::client(&thief.trust.identity, vec![theirs]).unwrap();
     let mut config = (*config).clone();
     config.client_auth_cert_resolver = stolen(&peer.trust.identity);
     let (got, error) = rest(raw_with(&agent, Arc::new(config)).await.unwrap()).await;
@@ -1342,4 +1342,263 @@ fn without_file_descriptors_it_waits_for_some() {
         agent.until("all gone", |c| c.handshakes == 0).await;
         agent.answers(&peer).await;
     });
+}
+
+/// Agents of which each knows each other, by the names `a`, `b`, `c`.
+async fn acquainted<const N: usize>() -> [Agent; N] {
+    let agents: Vec<Agent> = stream::iter(0..N)
+        .then(|_| Agent::start(Limits::default()))
+        .collect()
+        .await;
+    for (here, agent) in agents.iter().enumerate() {
+        for (there, other) in agents.iter().enumerate() {
+            if here != there {
+                let key = other.trust.identity.fingerprint();
+                let peer = Peer::new(letter(there), Some(other.address.clone()), key);
+                agent.trust.peers.add(&peer).unwrap();
+            }
+        }
+    }
+    agents.try_into().ok().unwrap()
+}
+
+fn letter(number: usize) -> PeerName {
+    name(["a", "b", "c"][number])
+}
+
+impl Agent {
+    /// The key that it has on disk.
+    fn key(&self) -> Fingerprint {
+        Identity::load_or_create(self.state.path())
+            .unwrap()
+            .fingerprint()
+    }
+
+    async fn rekey(&self, without: &[PeerName]) -> Result<Rekeyed> {
+        rekey(self.state.path(), without, &Limits::default()).await
+    }
+
+    async fn calls(&self, called: &str) -> Result<Connection> {
+        let peer = self.trust.peers.get(&name(called)).unwrap();
+        let address = peer.address.as_ref().unwrap();
+        Connection::to_peer(
+            address,
+            &peer,
+            self.state.path(),
+            &self.trust_as_host().limits,
+        )
+        .await
+    }
+
+    async fn is_called_with(&self, key: &Identity) -> Result<Connection> {
+        let own = self.key();
+        Connection::open(&self.address, own, key, &Limits::default()).await
+    }
+}
+
+fn words(rekeyed: &Rekeyed) -> Vec<(&str, &Word)> {
+    let told = rekeyed.peers.iter();
+    told.map(|told| (told.name.as_str(), &told.word)).collect()
+}
+
+/// Each knows the other by its key, and the first one's is this one and no other.
+async fn assert_replaced(a: &Agent, b: &Agent, old: &Identity) {
+    let (key, known) = (a.key(), b.trust.peers.get(&name("a")).unwrap());
+    assert_ne!(key, old.fingerprint());
+    a.calls("b").await.unwrap();
+    b.calls("a").await.unwrap();
+    assert_eq!((known.fingerprint, known.next), (key, None));
+    assert_eq!(known.lasting(), old.fingerprint());
+    assert!(matches!(
+        b.is_called_with(old).await,
+        Err(Error::NotAdmitted { .. })
+    ));
+    let left = std::fs::read_dir(a.state.path().join("identity")).unwrap();
+    assert_eq!(left.count(), 1, "nothing but the key");
+}
+
+#[tokio::test]
+async fn a_key_is_replaced_while_the_agent_runs() {
+    let [a, b, c] = acquainted().await;
+    let old = a.trust.identity.clone();
+    b.trust
+        .peers
+        .allow(&name("a"), [Permission::Receive].into())
+        .unwrap();
+    a.invite(Duration::from_secs(60));
+    // What has begun goes on.
+    let mut before = b.calls("a").await.unwrap();
+
+    let rekeyed = a.rekey(&[]).await.unwrap();
+    assert_eq!(words(&rekeyed), [("b", &Word::New), ("c", &Word::New)]);
+    assert!(rekeyed.is_done());
+    assert_eq!((rekeyed.fingerprint, rekeyed.next), (a.key(), None));
+    assert_eq!(rekeyed.invitations, 1);
+    for other in [&b, &c] {
+        assert_replaced(&a, other, &old).await;
+    }
+    let known = b.trust.peers.get(&name("a")).unwrap();
+    assert!(known.may(Permission::Receive) && !known.may(Permission::Send));
+    let _: Value = before.call(Method::GET, "/v1/who", &()).await.unwrap();
+    drop(before);
+
+    // Whoever has the old key is nobody, and cannot come in by it either.
+    let stranger = Host {
+        trust: Trust {
+            identity: old.clone(),
+            ..Host::new("x").trust
+        },
+        ..Host::new("x")
+    };
+    let token = Token {
+        offer: Offer {
+            fingerprint: b.key(),
+            ..b.invite(Duration::from_secs(9)).offer
+        },
+        ..b.invite(Duration::from_secs(9))
+    };
+    match stranger.join(&token).await {
+        Err(Error::Refused { code, .. }) => assert_eq!(code, "known-by-other-name"),
+        other => panic!("{other:?}"),
+    }
+
+    // Once more, and by the other one as well.
+    let second = a.key();
+    assert!(a.rekey(&[]).await.unwrap().is_done());
+    assert!(b.rekey(&[]).await.unwrap().is_done());
+    assert_ne!(a.key(), second);
+    assert_replaced(&a, &b, &old).await;
+}
+
+#[tokio::test]
+async fn a_key_stays_until_everybody_has_been_told_of_the_next() {
+    let [a, b, c] = acquainted().await;
+    let old = a.trust.identity.clone();
+    let state = c.stop().await;
+    let rekeyed = a.rekey(&[]).await.unwrap();
+    let [("b", Word::Both { why: None }), ("c", Word::Old { why })] = words(&rekeyed)[..] else {
+        panic!("{rekeyed:?}");
+    };
+    assert!(why.contains("could not connect"), "{why}");
+    assert!(!rekeyed.is_done());
+    assert_eq!(rekeyed.fingerprint, old.fingerprint());
+    assert_eq!(a.key(), old.fingerprint());
+    a.calls("b").await.unwrap();
+    b.calls("a").await.unwrap();
+    assert!(matches!(
+        a.rekey(&[name("nobody")]).await,
+        Err(Error::UnknownPeer { .. })
+    ));
+
+    // When it is there it goes on with the same one.
+    let c = Agent::start_in(state, Limits::default()).await;
+    let mut known = a.trust.peers.get(&name("c")).unwrap();
+    known.address = Some(c.address.clone());
+    a.trust.peers.add(&known).unwrap();
+    let done = a.rekey(&[]).await.unwrap();
+    assert!(done.is_done(), "{done:?}");
+    assert_eq!(Some(done.fingerprint), rekeyed.next);
+    for other in [&b, &c] {
+        assert_replaced(&a, other, &old).await;
+    }
+
+    // Or it is done without it.
+    let last = a.key();
+    let state = c.stop().await;
+    let done = a.rekey(&[name("c")]).await.unwrap();
+    assert_eq!(words(&done), [("b", &Word::New), ("c", &Word::Lost)]);
+    assert!(done.is_done() && a.key() != last);
+    let c = Agent::start_in(state, Limits::default()).await;
+    assert!(matches!(
+        c.is_called_with(&Identity::load_or_create(a.state.path()).unwrap())
+            .await,
+        Err(Error::NotAdmitted { .. })
+    ));
+    assert!(c.calls("a").await.is_err());
+}
+
+/// Whatever files and peers a crash has left: both hosts are served, and the next call brings it to its end.
+#[tokio::test]
+async fn a_replacement_of_a_key_goes_on_after_a_crash() {
+    for crash in ["made", "told", "about to be replaced", "replaced", "shown"] {
+        let [a, b] = acquainted().await;
+        let old = a.trust.identity.clone();
+        let directory = a.state.path().join("identity");
+        let next = Identity::load_or_make(&directory, "next.pem").unwrap();
+        if crash != "made" {
+            let mut connection = b.is_called_with(&old).await.unwrap();
+            let ask = json!({"next": next.fingerprint()});
+            let _: Value = connection
+                .call(Method::POST, "/v1/key", &ask)
+                .await
+                .unwrap();
+        }
+        if !["made", "told"].contains(&crash) {
+            std::fs::write(directory.join("showing"), "").unwrap();
+        }
+        if ["replaced", "shown"].contains(&crash) {
+            std::fs::rename(directory.join("next.pem"), directory.join("key.pem")).unwrap();
+        }
+        if crash == "shown" {
+            b.is_called_with(&next).await.unwrap();
+        }
+        // Not that of a host that is about to show the new key: that would be the last step.
+        b.calls("a")
+            .await
+            .unwrap_or_else(|error| panic!("{crash}: {error}"));
+        let rekeyed = a.rekey(&[]).await.unwrap();
+        assert!(rekeyed.is_done(), "{crash}: {rekeyed:?}");
+        assert_eq!(rekeyed.fingerprint, next.fingerprint(), "{crash}");
+        assert_replaced(&a, &b, &old).await;
+    }
+}
+
+#[tokio::test]
+async fn a_key_is_not_replaced_while_it_is_in_use() {
+    let [a, b] = acquainted().await;
+    let old = a.trust.identity.clone();
+    let mut migration = a.calls("b").await.unwrap();
+    let impatient = Limits {
+        answer: Duration::from_millis(100),
+        ..Limits::default()
+    };
+    let refused = rekey(a.state.path(), &[], &impatient).await;
+    assert!(matches!(refused, Err(Error::KeyInUse)), "{refused:?}");
+    assert_eq!(a.key(), old.fingerprint());
+    let _: Value = migration.call(Method::GET, "/v1/who", &()).await.unwrap();
+    // Others may begin meanwhile.
+    a.calls("b").await.unwrap();
+    drop(migration);
+    assert!(a.rekey(&[]).await.unwrap().is_done());
+    assert_replaced(&a, &b, &old).await;
+}
+
+/// With its own key a peer can say which it will have. Not another's.
+#[tokio::test]
+async fn a_peer_cannot_take_the_key_of_another() {
+    let [a, b, c] = acquainted().await;
+    let stranger = Host::new("stranger");
+    let mut connection = a.calls("b").await.unwrap();
+    for taken in [c.key(), b.key()] {
+        let refused = connection
+            .call::<_, Value>(Method::POST, "/v1/key", &json!({"next": taken}))
+            .await;
+        match refused {
+            Err(Error::Refused { code, .. }) => assert_eq!(code, "known-by-other-name"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(b.trust.peers.get(&name("a")).unwrap().next, None);
+
+    // Invited, and no peer yet.
+    let _invitation = b.invite(Duration::from_secs(60));
+    let mut connection = b.is_called_with(&stranger.trust.identity).await.unwrap();
+    let next = json!({"next": stranger.trust.identity.fingerprint()});
+    match connection
+        .call::<_, Value>(Method::POST, "/v1/key", &next)
+        .await
+    {
+        Err(Error::Refused { code, .. }) => assert_eq!(code, "not-a-peer"),
+        other => panic!("{other:?}"),
+    }
 }

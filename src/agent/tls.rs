@@ -4,12 +4,14 @@
 //! good is that it is pinned, and that the other side signs the handshake with it. Sessions are
 //! never resumed: a resumed one would not ask whether the key is still known.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, CipherSuite, ClientConfig, DigitallySignedStruct, DistinguishedName,
     ServerConfig, SignatureScheme,
@@ -65,17 +67,20 @@ fn fingerprint(certificate: &CertificateDer<'_>) -> Result<Fingerprint, rustls::
 #[derive(Debug)]
 pub(super) struct PinnedServer {
     signatures: Signatures,
-    expected: Fingerprint,
+    /// Any of these: a host that is about to have another key has two.
+    expected: Vec<Fingerprint>,
     found: OnceLock<Fingerprint>,
 }
 
 impl PinnedServer {
-    /// The fingerprint that the other side showed, if it was not the expected one.
+    /// The fingerprint that the other side showed, if it was not an expected one.
     pub(super) fn other(&self) -> Option<Fingerprint> {
-        self.found
-            .get()
-            .copied()
-            .filter(|found| *found != self.expected)
+        self.found().filter(|found| !self.expected.contains(found))
+    }
+
+    /// The fingerprint that the other side showed.
+    pub(super) fn found(&self) -> Option<Fingerprint> {
+        self.found.get().copied()
     }
 }
 
@@ -91,7 +96,7 @@ impl ServerCertVerifier for PinnedServer {
         let found = fingerprint(end_entity)?;
         // One verifier serves one connection, so this is set once.
         let _ = self.found.set(found);
-        if found == self.expected {
+        if self.expected.contains(&found) {
             Ok(ServerCertVerified::assertion())
         } else {
             Err(CertificateError::ApplicationVerificationFailure.into())
@@ -185,7 +190,7 @@ impl ClientCertVerifier for KnownClient {
 /// TLS as the calling side speaks it, to one host only.
 pub(super) fn client(
     identity: &Identity,
-    expected: Fingerprint,
+    expected: Vec<Fingerprint>,
 ) -> Result<(Arc<ClientConfig>, Arc<PinnedServer>)> {
     let provider = provider();
     let verifier = Arc::new(PinnedServer {
@@ -205,6 +210,57 @@ pub(super) fn client(
     Ok((Arc::new(config), verifier))
 }
 
+/// The key of this host as it is at the moment: it may be replaced while the agent runs. Connections that
+/// have begun go on with the one that they began with.
+#[derive(Debug)]
+struct OwnKey {
+    provider: Arc<CryptoProvider>,
+    now: Mutex<(Identity, Arc<CertifiedKey>)>,
+}
+
+impl OwnKey {
+    fn new(identity: &Identity, provider: Arc<CryptoProvider>) -> Result<OwnKey, rustls::Error> {
+        let now = Mutex::new((identity.clone(), certified(identity, &provider)?));
+        Ok(OwnKey { provider, now })
+    }
+}
+
+fn certified(
+    identity: &Identity,
+    provider: &CryptoProvider,
+) -> Result<Arc<CertifiedKey>, rustls::Error> {
+    let key = provider.key_provider.load_private_key(identity.key())?;
+    Ok(Arc::new(CertifiedKey::new(
+        vec![identity.certificate()],
+        key,
+    )))
+}
+
+impl ResolvesServerCert for OwnKey {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        // Both halves are replaced at once.
+        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        let newer = now.0.successor().and_then(|newer| {
+            let newer = newer.map(|it| Ok((certified(&it, &self.provider)?, it)));
+            newer.transpose().map_err(Error::TlsSetup)
+        });
+        match newer {
+            Ok(None) => {}
+            Ok(Some((certified, identity))) => {
+                let fingerprint = identity.fingerprint();
+                if fingerprint != now.0.fingerprint() {
+                    tracing::info!(%fingerprint, "this host has another key from now on");
+                }
+                *now = (identity, certified);
+            }
+            Err(error) => {
+                tracing::error!(%error, "the key of this host cannot be read; the agent goes on with the one it has");
+            }
+        }
+        Some(now.1.clone())
+    }
+}
+
 /// TLS as the agent speaks it.
 pub(super) fn server(
     identity: &Identity,
@@ -212,6 +268,7 @@ pub(super) fn server(
     invites: Invites,
 ) -> Result<Arc<ServerConfig>> {
     let provider = provider();
+    let key = OwnKey::new(identity, provider.clone()).map_err(Error::TlsSetup)?;
     let verifier = Arc::new(KnownClient {
         signatures: Signatures(provider.clone()),
         peers,
@@ -221,8 +278,7 @@ pub(super) fn server(
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(Error::TlsSetup)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(vec![identity.certificate()], identity.key())
-        .map_err(Error::TlsSetup)?;
+        .with_cert_resolver(Arc::new(key));
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))

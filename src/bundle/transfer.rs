@@ -492,6 +492,19 @@ mod tests {
         assert!(matches!(end, Err(Error::Malformed { .. })), "{end:?}");
     }
 
+    /// Well-formed to the last byte, and the checksum is of something else.
+    #[test]
+    fn a_forged_checksum_is_named() {
+        for compression in BOTH {
+            let (mut wire, _) = sent(b"what really comes", 7, compression);
+            let end = wire.len() - size_of::<u128>();
+            let forged = twox_hash::XxHash3_128::oneshot(b"what was agreed to");
+            wire[end..].copy_from_slice(&forged.to_be_bytes());
+            let (_, end) = received(&wire, 1000, 100);
+            assert!(matches!(end, Err(Error::Mismatch { .. })), "{end:?}");
+        }
+    }
+
     #[test]
     fn data_behind_the_trailer_is_refused() {
         for compression in BOTH {

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::choice;
 use crate::agent::protocol::{
-    Assessment, Expect, Flows, Forget, Introduction, Offer, Open, Opened, Prepare, Prepared,
+    Assessment, Expect, Flows, Forget, Held, Introduction, Offer, Open, Opened, Prepare, Prepared,
     Running, Shorten, Shortened, Status, Switch, Switched, Undone,
 };
 use crate::agent::{Address, Fingerprint, PeerName, Token};
@@ -22,7 +22,7 @@ use crate::tunnel::{self, HopId, Party};
 /// Every message of the protocol.
 pub fn protocol(input: &[u8]) {
     let (which, json) = choice(input);
-    match which % 17 {
+    match which % 18 {
         0 => drop(read::<Offer>(json).inspect(offer)),
         1 => drop(read::<Prepare>(json).inspect(|prepare| {
             offer(&prepare.offer);
@@ -42,7 +42,8 @@ pub fn protocol(input: &[u8]) {
         13 => drop(read::<Switch>(json)),
         14 => drop(read::<Switched>(json)),
         15 => drop(read::<Status>(json)),
-        _ => drop(read::<Undone>(json)),
+        16 => drop(read::<Undone>(json)),
+        _ => drop(read::<Held>(json)),
     }
 }
 

@@ -112,8 +112,10 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
         let begun = Instant::now();
         if migration.comes_home {
             home::hold_there(
+                config,
                 &mut migration.connection,
                 &migration.id,
+                hop,
                 &migration.request.to,
             )
             .await?;

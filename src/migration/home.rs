@@ -8,24 +8,31 @@
 //! The packets of such connections wait *here*, at the destination, and not at the source like
 //! others: from the source they would have to come back untranslated, past an entry that translates
 //! them. So the destination begins to hold before the source does, what was on its way through the
-//! hop arrives at a container that still runs, and then everything stands still.
+//! hop arrives at a container that still runs, and then everything stands still. That it has arrived
+//! shows a mark, which the destination sends last into the same hop ([`tunnel::marker`](crate::tunnel)).
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::Method;
 
 use super::flows;
+use super::hop::tunnels;
 use crate::agent::Connection;
-use crate::agent::protocol::{MigrationId, Nothing};
+use crate::agent::protocol::{Held, MigrationId, Nothing};
 use crate::conntrack::{Flow, Tuple};
+use crate::netlink::Backlog;
 use crate::tunnel::HopId;
-use crate::{Error, Result};
+use crate::{Config, Error, Result};
 
-/// How long packets may be on their way through a hop at most: a hundred times what it takes where
-/// the hosts are near, and more than the round trip of a continent.
+/// How long packets may be on their way through several hops, as a rule: a hundred times what it takes
+/// where the hosts are near, and more than the round trip of a continent. Through one hop a mark follows
+/// them ([`mark_end`]), and nothing has to be supposed.
 pub(crate) const ON_ITS_WAY: Duration = Duration::from_millis(20);
+
+/// How long to wait between two looks at what is under way within this host.
+const LOOK: Duration = Duration::from_micros(500);
 
 /// The hop by which connections of a container with these addresses leave this host, if there are
 /// any: then they began here, or came through here, and this host is their home.
@@ -64,19 +71,62 @@ pub(crate) async fn send_away(addresses: &[IpAddr], hop: HopId) -> Result<()> {
     flows::mark_all(left.map(|flow| flow.steered(Some(hop))).collect()).await
 }
 
+/// At the destination, which lets nothing more pass for the container: sends a mark after what it has let
+/// pass, if all of that went into this hop. Says whether it did.
+pub(crate) async fn mark_end(
+    config: &Config,
+    addresses: &[IpAddr],
+    hop: HopId,
+    migration: &MigrationId,
+) -> Result<bool> {
+    let flows = flows::of(addresses).await?;
+    if !flows.iter().filter_map(Flow::goes_by).all(|by| by == hop) {
+        return Ok(false);
+    }
+    let long = config.in_flight_timeout;
+    // What has passed the switch may not have reached the hop yet.
+    let (mut under_way, began) = (Backlog::begin(), Instant::now());
+    while !under_way.has_passed() && began.elapsed() < ON_ITS_WAY {
+        tokio::time::sleep(LOOK).await;
+    }
+    let tunnels = tunnels(config);
+    let sent = tunnels.send_mark(hop, migration.as_str(), long);
+    if let Err(error) = sent.await {
+        tracing::warn!(%error, "no mark follows what went into the hop");
+        return Ok(false);
+    }
+    Ok(true)
+}
+
 /// Has the destination hold what comes for the container on the connections that it knows, and waits
 /// until what it had let pass before has arrived here.
+///
+/// What comes later meets the hold of this host, is let go when the container is elsewhere, and is lost.
 pub(super) async fn hold_there(
+    config: &Config,
     destination: &mut Connection,
     migration: &MigrationId,
+    hop: HopId,
     name: &str,
 ) -> Result<()> {
     let path = format!("/v1/migrations/{migration}/hold");
-    let Nothing {} = destination
+    // Where the kernel has no such sockets (CONFIG_PACKET), it is waited for as long as it takes as a rule.
+    let last = tunnels(config)
+        .await_mark(hop, migration.as_str())
+        .inspect_err(|error| tracing::warn!(%error, "it cannot be seen when the hop has run empty"))
+        .ok();
+    let Held { marked } = destination
         .call(Method::POST, &path, &Nothing {})
         .await
         .map_err(Error::of_host(name))?;
-    tokio::time::sleep(ON_ITS_WAY).await;
+    match last.filter(|_| marked) {
+        None => tokio::time::sleep(ON_ITS_WAY).await,
+        Some(last) => {
+            if !last.came(config.in_flight_timeout).await {
+                tracing::warn!("what was on its way through the tunnel may come too late");
+            }
+        }
+    }
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use hyper::Method;
 
 use crate::agent::protocol::Nothing;
-use crate::agent::{Connection, DEFAULT_PORT, Fingerprint, Limits, Peer, Peers};
+use crate::agent::{Connection, DEFAULT_PORT, Fingerprint, Peer, Peers};
 use crate::conntrack::steer;
 use crate::tunnel::{Hop, HopId, Proposal, Tunnels};
 use crate::{Config, Result};
@@ -24,9 +24,9 @@ pub(crate) fn tunnels(config: &Config) -> Tunnels {
 /// One that has only ever called has no address of its own. Its tunnel comes from where its agent most
 /// likely is; whoever answers there has to have its key.
 pub(crate) fn peer_of(config: &Config, hop: &Hop) -> Result<Option<Peer>> {
-    let peers = Peers::open(&config.state_dir, &Limits::default())?.list()?;
+    let peers = Peers::open(&config.state_dir, &config.limits)?.list()?;
     let mut peers = peers.into_iter();
-    let known = peers.find(|peer| peer.fingerprint.to_string() == hop.peer);
+    let known = peers.find(|peer| peer.lasting().to_string() == hop.peer);
     Ok(known.map(|mut peer| {
         let at = hop
             .connection

@@ -155,5 +155,5 @@ async fn one(migration: &mut Migration<'_>, anchor: &Peer, passing: &[Flow]) -> 
         .map_err(Error::of_host(anchor.name.as_str()))?;
     tracing::debug!(anchor = %anchor.name, flows, "they take the direct way");
     flows::forget(passing).await?;
-    forwarding::no_more_from(&config, container, &anchor.fingerprint.to_string()).await
+    forwarding::no_more_from(&config, container, &anchor.lasting().to_string()).await
 }

@@ -8,7 +8,7 @@ use super::engine::{self, Engine};
 use super::lock::Lock;
 use super::{Clock, Event, Request, flows, precopy};
 use crate::agent::protocol::{Assessment, Offer};
-use crate::agent::{Connection, Identity, Limits, Peer, PeerName, Peers, Permission};
+use crate::agent::{Connection, Peer, PeerName, Peers, Permission};
 use crate::conntrack::Flow;
 use crate::criu::{Features, Finding, Severity};
 use crate::podman::{Client, Container};
@@ -182,21 +182,20 @@ pub(crate) fn podman(config: &Config) -> Result<Client> {
     if !config.podman_socket.exists() {
         return Err(Error::NoPodman(config.podman_socket.clone()));
     }
-    Ok(Client::new(&config.podman_socket))
+    Ok(Client::with_timeouts(&config.podman_socket, config.podman))
 }
 
 /// The host of that name.
 pub(super) fn peer(config: &Config, name: &str) -> Result<Peer> {
     let name: PeerName = name.parse()?;
-    Ok(Peers::open(&config.state_dir, &Limits::default())?.get(&name)?)
+    Ok(Peers::open(&config.state_dir, &config.limits)?.get(&name)?)
 }
 
 /// A connection to the agent of a host.
 pub(crate) async fn connect(config: &Config, peer: &Peer) -> Result<Connection> {
-    let identity = Identity::load_or_create(&config.state_dir)?;
     let address = peer
         .address
         .as_ref()
         .ok_or_else(|| Error::NoAddress(peer.name.clone()))?;
-    Ok(Connection::open(address, peer.fingerprint, &identity, &Limits::default()).await?)
+    Ok(Connection::to_peer(address, peer, &config.state_dir, &config.limits).await?)
 }

@@ -46,7 +46,7 @@ async fn open_hop(migration: &mut Migration<'_>) -> Result<()> {
         user: user.to_owned(),
     }])?;
     let mtu = mtu(&migration.preflight.offer.networks);
-    let own = hop::open(config, &migration.peer.fingerprint, user, mtu).await?;
+    let own = hop::open(config, &migration.peer.lasting(), user, mtu).await?;
     migration.hop = Some(own.hop);
 
     let destination = migration.request.to.clone();

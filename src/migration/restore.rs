@@ -17,13 +17,12 @@ const TOLD_EVERY: Duration = Duration::from_millis(250);
 
 /// How often the destination is asked anew while its answer is awaited.
 const ASK_EVERY: Duration = Duration::from_secs(5);
-/// How long an answer may be on its way that was given before another one.
-const LAST_WORDS: Duration = Duration::from_secs(2);
 
 pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
     let stream = migration.stream.take().ok_or(Error::OutOfOrder("stream"))?;
     let path = format!("/v1/migrations/{}/restore", migration.id);
     let within = migration.request.config.restore_timeout;
+    let late = migration.request.config.late_answer_timeout;
     let full = migration.hold_is_full();
     let (running, anew) = {
         let answer = migration.connection.send_stream(
@@ -48,7 +47,7 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
                 news = &mut news => break match news? {
                     Some(running) => (running, true),
                     // It may have said why, just now.
-                    None => match tokio::time::timeout(LAST_WORDS, &mut answer).await {
+                    None => match tokio::time::timeout(late, &mut answer).await {
                         Ok(answer) => (answer.map_err(Error::of_host(&migration.request.to))?, false),
                         Err(_) => return Err(Error::Forgotten(migration.request.to.clone())),
                     },

@@ -14,7 +14,7 @@ use super::hop::tunnels;
 use super::journal::{Journal, JournalError, left_behind, number_of, under_way};
 use super::must_be_root;
 use super::report::Leftover;
-use crate::agent::{Fingerprint, Invites, Limits, PeerName, Peers, Permission};
+use crate::agent::{Fingerprint, Invites, Peer, PeerName, Peers, Permission};
 use crate::conntrack::{Direction, Entry, Family, Table, alias, steer};
 use crate::migration::Effect;
 use crate::netlink::Namespace;
@@ -38,7 +38,8 @@ pub enum Hopless {
 pub struct Revoked {
     /// What it was called here; nothing if it had been forgotten before.
     pub name: Option<PeerName>,
-    /// Its key, which gets nothing but refusals from now on.
+    /// What its tunnel is known by: its key, which gets nothing but refusals from now on, or the first one
+    /// that it had here.
     pub fingerprint: Fingerprint,
     /// What became of the tunnel to it.
     pub hop: Hopless,
@@ -66,16 +67,17 @@ pub struct Revoked {
 /// to it has not ended. Nothing has been changed then.
 pub async fn revoke(config: &Config, host: &str, now: bool) -> Result<Revoked> {
     must_be_root()?;
-    let limits = Limits::default();
-    let peers = Peers::open(&config.state_dir, &limits)?;
+    let peers = Peers::open(&config.state_dir, &config.limits)?;
     let (name, fingerprint) = match host.parse::<Fingerprint>() {
         Ok(fingerprint) => {
             let known = peers.by_fingerprint(fingerprint)?;
-            (known.map(|peer| peer.name), fingerprint)
+            let lasting = known.as_ref().map_or(fingerprint, Peer::lasting);
+            (known.map(|peer| peer.name), lasting)
         }
         Err(_) => {
             let peer = peers.get(&host.parse()?)?;
-            (Some(peer.name), peer.fingerprint)
+            let lasting = peer.lasting();
+            (Some(peer.name), lasting)
         }
     };
     let registry = tunnels(config).registry().clone();
@@ -113,7 +115,8 @@ pub async fn revoke(config: &Config, host: &str, now: bool) -> Result<Revoked> {
         leftovers: Vec::new(),
     };
     // The key is gone already, which is what matters most; so the rest is told, not failed with.
-    let withdrawn = Invites::open(&config.state_dir, &limits).and_then(|all| all.withdraw_all());
+    let withdrawn =
+        Invites::open(&config.state_dir, &config.limits).and_then(|all| all.withdraw_all());
     match withdrawn {
         Ok(withdrawn) => revoked.invitations = withdrawn,
         Err(error) => revoked.leftovers.push(Leftover {

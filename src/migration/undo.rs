@@ -289,6 +289,13 @@ impl Hands {
         Ok(self.podman.host().await?.runtime.path)
     }
 
+    /// Ends what is left of a container that Podman does not know.
+    async fn end_remains(&self, container: &ContainerId) -> Result<()> {
+        let within = self.config.ending_timeout;
+        remains::end(container, &self.runtime().await?, within).await;
+        Ok(())
+    }
+
     /// Removes a restored container and the volumes that came with it.
     async fn remove_copy(
         &self,
@@ -303,7 +310,7 @@ impl Hands {
         };
         // Of a Podman that has died, and not known to the one that lives.
         if remains::restore_goes_on(container) {
-            remains::end(container, &self.runtime().await?).await;
+            self.end_remains(container).await?;
         }
         // Its sockets die with it, and what they say then would end the connections that go on at the
         // source, or have them taken for ended there.
@@ -334,7 +341,7 @@ impl Hands {
             self.podman.remove(container, options).await?;
         }
         if remains::are_there(container) {
-            remains::end(container, &self.runtime().await?).await;
+            self.end_remains(container).await?;
         }
         fence.remove().await?;
         for volume in volumes {

@@ -23,8 +23,6 @@ const TEMPORARY: &str = "/var/tmp";
 /// `pkg/api/handlers/libpod/containers.go`.)
 const CHECKPOINT: &str = "checkpoint";
 const RESTORE: &str = "restore";
-/// How long processes may take to end that were killed, and the runtime to tidy up after them.
-const LONGEST: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Whether Podman is at work on a restore that it was asked for since then.
@@ -70,15 +68,16 @@ pub(crate) fn would_be_seen() -> bool {
 }
 
 /// Ends everything of a container that Podman does not know of any more, or not yet. `runtime` is the
-/// program that made it.
-pub(crate) async fn end(id: &ContainerId, runtime: &Path) {
+/// program that made it. Processes may take so `long` to end that were killed, and so may the runtime to tidy up
+/// after them.
+pub(crate) async fn end(id: &ContainerId, runtime: &Path, long: Duration) {
     let began = Instant::now();
     loop {
         let of_it: Vec<u32> = all()
             .filter(|process| process.is_of(id))
             .map(|process| process.pid)
             .collect();
-        if of_it.is_empty() || began.elapsed() >= LONGEST {
+        if of_it.is_empty() || began.elapsed() >= long {
             break;
         }
         for pid in of_it {
@@ -107,7 +106,7 @@ pub(crate) async fn end(id: &ContainerId, runtime: &Path) {
         .stderr(Stdio::null())
         .kill_on_drop(true)
         .status();
-    match tokio::time::timeout(LONGEST, deleted).await {
+    match tokio::time::timeout(long, deleted).await {
         Ok(Ok(status)) if status.success() => {}
         other => tracing::warn!(container = %id, ?other, "the runtime could not delete it"),
     }

@@ -188,6 +188,14 @@ pub enum Error {
         /// How long was waited.
         waited: Duration,
     },
+    /// What shows that a hop has run empty could not be sent or looked for.
+    #[error("could not look whether {interface} has run empty")]
+    Marker {
+        /// The interface of the hop.
+        interface: String,
+        /// Why it failed.
+        source: io::Error,
+    },
 }
 
 impl Error {

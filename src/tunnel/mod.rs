@@ -31,6 +31,7 @@ mod hop_id;
 mod interface;
 mod kernel;
 mod key;
+mod marker;
 mod process;
 mod registry;
 mod route;
@@ -134,6 +135,8 @@ pub struct Settings {
     /// it. With this, it is enough that one side can reach the other. It costs 32 bytes of
     /// payload each time.
     pub keepalive: Option<Duration>,
+    /// How long the process of a userspace device may take to begin.
+    pub device_timeout: Duration,
 }
 
 impl Settings {
@@ -152,6 +155,7 @@ impl Settings {
             backend: None,
             first_port: Self::FIRST_PORT,
             keepalive: Some(Self::KEEPALIVE),
+            device_timeout: userspace::START,
         }
     }
 }
@@ -372,7 +376,8 @@ impl Tunnels {
             Backend::Kernel => netlink.add_wireguard().await?,
             Backend::Userspace => {
                 let log = self.registry.log_path(spec.hop);
-                userspace::start(&self.settings.helper, spec, &log, |process| {
+                let within = self.settings.device_timeout;
+                userspace::start(&self.settings.helper, spec, &log, within, |process| {
                     self.registry
                         .update(spec.hop, |hop| hop.device = Some(process))
                         .map(|_| ())
@@ -452,7 +457,10 @@ impl Tunnels {
         let (v4, v6) = choose(own.party(), peer.party())?;
         let connection = Connection {
             peer_key: peer.public_key,
-            endpoint: SocketAddr::new(address, peer.listen_port),
+            // A caller's address, at an agent that listens for both families, is an IPv4 address within
+            // an IPv6 one. It has to be the same by which this host calls: another one is another peer,
+            // whose session begins anew, and what is on its way is lost.
+            endpoint: SocketAddr::new(address.to_canonical(), peer.listen_port),
             v4,
             v6,
             mtu: own.mtu.max(peer.mtu),

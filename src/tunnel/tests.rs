@@ -253,6 +253,44 @@ fn join(a: &Host, b: &Host) -> (HopId, HopId) {
     (hop_a, hop_b)
 }
 
+/// An agent that listens for both families has its callers' IPv4 addresses within IPv6 ones.
+#[test]
+fn the_same_peer_is_the_same_however_its_address_is_written() {
+    let (a, b, _router) = hosts();
+    let (hop_a, hop_b) = join(&a, &b);
+    let before = a.record(hop_a);
+    let theirs = b.record(hop_b).proposal.unwrap();
+    let IpAddr::V4(address) = ADDRESS_B else {
+        unreachable!("it is an IPv4 address")
+    };
+    let again = a.connect(hop_a, &theirs, address.to_ipv6_mapped().into());
+    // With another endpoint it would be another peer, and its session would begin anew.
+    assert_eq!(again, before);
+}
+
+#[test]
+fn a_mark_is_seen_where_the_hop_ends_and_no_other() {
+    let (a, b, _router) = hosts();
+    let (hop_a, hop_b) = join(&a, &b);
+    let awaited = b.on(async move |tunnels| tunnels.await_mark(hop_b, "0123").unwrap());
+    let send = |mark: &'static str| {
+        a.on(async move |tunnels| {
+            tunnels
+                .send_mark(hop_a, mark, Duration::ZERO)
+                .await
+                .unwrap()
+        });
+    };
+    send("0124");
+    let (awaited, came) = b.on(async move |_| {
+        let came = awaited.came(Duration::from_millis(100)).await;
+        (awaited, came)
+    });
+    assert!(!came);
+    send("0123");
+    assert!(b.on(async move |_| awaited.came(PATIENCE).await));
+}
+
 /// A UDP socket whose packets carry the mark of a hop, and must arrive whole or not at all.
 fn marked(hop: HopId, v6: bool) -> UdpSocket {
     let socket = UdpSocket::bind(if v6 { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
@@ -714,9 +752,15 @@ fn a_helper_that_fails_says_why_and_leaves_nothing() {
         ..spec.clone()
     };
     let error = a.on(async move |tunnels| {
-        userspace::start(&tunnels.settings.helper, &taken, &log, |_| Ok(()))
-            .await
-            .unwrap_err()
+        userspace::start(
+            &tunnels.settings.helper,
+            &taken,
+            &log,
+            userspace::START,
+            |_| Ok(()),
+        )
+        .await
+        .unwrap_err()
     });
     assert!(
         error.to_string().contains("livemig9 could not be created"),

@@ -35,7 +35,7 @@ pub const DEVICE_COMMAND: &str = "tunnel-device";
 pub use super::device::MAX_MTU;
 
 /// How long a new process may take until its socket answers.
-const START: Duration = Duration::from_secs(10);
+pub(super) const START: Duration = Duration::from_secs(10);
 /// How long a process may take to clean up before it is killed.
 pub(super) const STOP: Duration = Duration::from_secs(2);
 /// How often its socket is tried.
@@ -67,6 +67,7 @@ pub(super) async fn start(
     helper: &Path,
     spec: &HopSpec,
     log: &Path,
+    within: Duration,
     started: impl FnOnce(Process) -> Result<()>,
 ) -> Result<()> {
     let output = OpenOptions::new()
@@ -109,7 +110,7 @@ pub(super) async fn start(
         started(process)?;
     }
 
-    let deadline = Instant::now() + START;
+    let deadline = Instant::now() + within;
     loop {
         if answers(&spec.socket) {
             return Ok(());
@@ -130,7 +131,7 @@ pub(super) async fn start(
             }
             return Err(Error::Device {
                 interface: spec.interface.clone(),
-                what: format!("was not ready after {} s", START.as_secs()),
+                what: format!("was not ready after {} s", within.as_secs()),
                 log: tail(log),
             });
         }

@@ -121,7 +121,6 @@ impl Sessions {
         let waiting = setup::waiting(&self.config);
         let rendezvous = Rendezvous::open(&waiting, Verb::Restore, &container.id)?;
         let (archive, verdict) = self.judged(session, archive)?;
-        let within = self.config.shell_timeout;
         let memory = session.memory.as_ref().ok_or(Error::OutOfOrder("memory"))?;
         let made = Shell::make(
             &self.podman,
@@ -129,7 +128,7 @@ impl Sessions {
             &rendezvous,
             memory,
             session.post_copy,
-            within,
+            &self.config,
         );
         match (made.await, verdict.reason()) {
             (Ok(shell), _) => session.shell = Some(shell),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 use livemig::Config;
-use livemig::agent::Permission;
+use livemig::agent::{PeerName, Permission};
 use livemig::migration::{Engine, Keep, Phase, Privilege, WhenFull, WhenOver};
 
 /// Moves a running Podman container to another host while its TCP and UDP peers go on talking to it
@@ -204,6 +204,19 @@ pub enum Command {
         /// Cut off the connections that go through the tunnel to it, and take that down at once
         #[arg(long)]
         now: bool,
+    },
+
+    /// Give this host another key, without losing the trust of those who know it
+    ///
+    /// Each host that is known is told of the new key by the old one, and accepts both until it sees the
+    /// new one. When all have been told the new key takes the place of the old one, of which nothing is
+    /// left. A running agent needs no restart, and migrations go on. If a host cannot be told the key
+    /// stays as it is: run this again, it goes on from where it was. For a key that somebody else may
+    /// have, revoke it on all hosts instead, and join them anew.
+    Rekey {
+        /// Do it though this host cannot be told: it has to be joined anew afterwards
+        #[arg(long, value_name = "HOST")]
+        without: Vec<PeerName>,
     },
 
     /// Move a running container to another host

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::CommandFactory;
 use livemig::agent::{
-    Address, DEFAULT_PORT, Identity, Invites, JoinAs, Limits, Offer, PeerName, Peers, Permission,
-    Server, Sessions, Token, Trust,
+    Address, DEFAULT_PORT, Identity, Invites, JoinAs, Offer, PeerName, Peers, Permission, Server,
+    Sessions, Token, Told, Trust, Word,
 };
 use livemig::conntrack::{Counting, Direction};
 use livemig::migration::{self, Event, Hopless, Keep, Observer, Phase, Policy};
@@ -51,6 +51,7 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Hosts => hosts(&config, json),
         Command::Allow { host, may } => allow(&config, &host, may, json),
         Command::Revoke { host, now } => revoke(&config, &host, now, json).await,
+        Command::Rekey { without } => rekey(&config, &without, json).await,
         Command::Migrate {
             what,
             keep_volumes,
@@ -159,7 +160,7 @@ fn setup(config: &Config, remove: bool, json: bool) -> Result<ExitCode, Error> {
 
 async fn agent(config: Config, listen: std::net::SocketAddr) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let limits = Limits::default();
+    let limits = config.limits.clone();
     let trust = Trust::open(&config.state_dir, own_name()?, &limits)?;
     let fingerprint = trust.identity.fingerprint();
     let sessions = std::sync::Arc::new(Sessions::new(config));
@@ -231,7 +232,7 @@ fn invite(
     json: bool,
 ) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let limits = Limits::default();
+    let limits = &config.limits;
     let identity = Identity::load_or_create(&config.state_dir)?;
     let address: Address = match address {
         Some(address) => with_port(&address).parse()?,
@@ -242,7 +243,7 @@ fn invite(
         address,
         fingerprint: identity.fingerprint(),
     };
-    let token = Invites::open(&config.state_dir, &limits)?.create(&offer, valid)?;
+    let token = Invites::open(&config.state_dir, limits)?.create(&offer, valid)?;
     if json {
         return Ok(print_json(&serde_json::json!({
             "token": token.to_string(),
@@ -294,7 +295,7 @@ async fn join(
     json: bool,
 ) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let limits = Limits::default();
+    let limits = &config.limits;
     let token: Token = token.trim().parse().map_err(livemig::agent::Error::from)?;
     let own = JoinAs {
         name: own_name()?,
@@ -304,8 +305,8 @@ async fn join(
         call_it: name.map(|name| name.parse()).transpose()?,
     };
     let identity = Identity::load_or_create(&config.state_dir)?;
-    let peers = Peers::open(&config.state_dir, &limits)?;
-    let peer = livemig::agent::join(&token, &own, &identity, &peers, &limits).await?;
+    let peers = Peers::open(&config.state_dir, limits)?;
+    let peer = livemig::agent::join(&token, &own, &identity, &peers, limits).await?;
     if json {
         return Ok(print_json(&peer));
     }
@@ -315,7 +316,7 @@ async fn join(
 
 fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let peers = Peers::open(&config.state_dir, &Limits::default())?.list()?;
+    let peers = Peers::open(&config.state_dir, &config.limits)?.list()?;
     if json {
         return Ok(print_json(&peers));
     }
@@ -338,7 +339,7 @@ fn hosts(config: &Config, json: bool) -> Result<ExitCode, Error> {
 
 fn allow(config: &Config, host: &str, may: Vec<Permission>, json: bool) -> Result<ExitCode, Error> {
     migration::must_be_root()?;
-    let peers = Peers::open(&config.state_dir, &Limits::default())?;
+    let peers = Peers::open(&config.state_dir, &config.limits)?;
     let peer = peers.allow(&host.parse()?, may.into_iter().collect())?;
     if json {
         return Ok(print_json(&peer));
@@ -405,6 +406,48 @@ async fn revoke(config: &Config, host: &str, now: bool, json: bool) -> Result<Ex
     }
     for leftover in &revoked.leftovers {
         println!("still there: {leftover}");
+    }
+    Ok(done)
+}
+
+async fn rekey(config: &Config, without: &[PeerName], json: bool) -> Result<ExitCode, Error> {
+    migration::must_be_root()?;
+    let rekeyed = livemig::agent::rekey(&config.state_dir, without, &config.limits).await?;
+    let done = match (&rekeyed.next, rekeyed.is_done()) {
+        (Some(_), _) => exit::refused(),
+        (None, true) => ExitCode::SUCCESS,
+        (None, false) => exit::leftovers(),
+    };
+    if json {
+        print_json(&rekeyed);
+        return Ok(done);
+    }
+    match &rekeyed.next {
+        None => println!("the key of this host is {} now", rekeyed.fingerprint),
+        Some(_) => println!("the key of this host is {} still", rekeyed.fingerprint),
+    }
+    for Told { name, word } in &rekeyed.peers {
+        match word {
+            Word::New => println!("{name} knows the new key, and the old one no more"),
+            Word::Both { why: None } => println!("{name} has been told, and accepts both keys"),
+            Word::Both { why: Some(why) } => println!(
+                "{name} accepts both keys until it sees the new one, which it has not: {why}"
+            ),
+            Word::Old { why } => println!(
+                "{name} could not be told: {why}\n  \
+                 → see to it that its agent can be reached; or leave it out: --without {name}"
+            ),
+            Word::Lost => println!(
+                "{name} is left out\n  \
+                 → afterwards, on both hosts: livemig revoke; then livemig invite and livemig join"
+            ),
+        }
+    }
+    if rekeyed.invitations > 0 {
+        println!("open invitations are withdrawn: make new ones (livemig invite)");
+    }
+    if !rekeyed.is_done() {
+        println!("to go on from here: livemig rekey");
     }
     Ok(done)
 }

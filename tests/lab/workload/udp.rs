@@ -278,16 +278,28 @@ impl Arrivals {
         self.received - self.duplicated
     }
 
+    /// The first of those that did not come though later ones did.
+    fn missing(&self) -> Vec<u64> {
+        let there = |number: &u64| {
+            let word = self.seen.get((number / 64) as usize);
+            word.is_some_and(|word| word & (1 << (number % 64)) != 0)
+        };
+        let all = 0..self.highest.unwrap_or(0);
+        all.filter(|number| !there(number)).take(8).collect()
+    }
+
     /// Without the braces. `sent` is known to the sender only.
     fn json(&self) -> String {
         format!(
-            "\"received\":{},\"distinct\":{},\"duplicated\":{},\"reordered\":{},\"highest\":{},{}",
+            "\"received\":{},\"distinct\":{},\"duplicated\":{},\"reordered\":{},\"highest\":{},\
+             \"missing\":{:?},{}",
             self.received,
             self.distinct(),
             self.duplicated,
             self.reordered,
             self.highest
                 .map_or("null".into(), |number| number.to_string()),
+            self.missing(),
             self.gap.json()
         )
     }
