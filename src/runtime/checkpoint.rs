@@ -40,6 +40,9 @@ impl Checkpoint {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
+            // A terminal's Ctrl-C is for livemig: it would end CRIU in the midst of a process of the
+            // container.
+            .process_group(0)
             .spawn()
             .map_err(|source| Error::Start {
                 program: program.to_owned(),
@@ -78,5 +81,30 @@ impl Checkpoint {
             status: output.status.to_string(),
             said: said[from..].to_owned(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_terminal_sends_to_livemig_does_not_reach_it() {
+        let id = "3acb922cdf168ab56da23193fe9cba1f240ee420e6f60b79f2eaf39a506b3a62";
+        let text = [
+            "-c",
+            "cut -d ' ' -f 1,5 /proc/$$/stat >&2; false",
+            "checkpoint",
+            id,
+        ];
+        let arguments: Vec<String> = text.iter().map(|text| (*text).to_owned()).collect();
+        let call = Invocation::read(&arguments).unwrap();
+        let runtime = Checkpoint::start(Path::new("/bin/sh"), &call, BTreeMap::new()).unwrap();
+        let Err(Error::Failed { said, .. }) = runtime.ended().await else {
+            panic!("it does not fail");
+        };
+        // A group of its own has the number of its first process.
+        let (process, group) = said.split_once(' ').unwrap();
+        assert_eq!(process, group);
     }
 }

@@ -15,6 +15,7 @@ use std::process::{Command, ExitCode};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{RecvFlags, recv};
+use rustix::process::{getpriority_process, setpriority_process};
 
 use super::setup::Links;
 use super::standby::{GO, OPTIONS, SOCKET};
@@ -53,6 +54,7 @@ fn wait(arguments: &[OsString]) -> io::Result<()> {
     if word != [GO] {
         return Err(io::Error::other("livemig's word is not understood"));
     }
+    go_first();
     if dumps && let Some(options) = std::env::var_os(OPTIONS) {
         // CRIU uses the connection itself: it has to stay open, under a number that CRIU knows.
         fcntl_setfd(&livemig, FdFlags::empty())?;
@@ -61,6 +63,16 @@ fn wait(arguments: &[OsString]) -> io::Result<()> {
         std::mem::forget(livemig);
     }
     Ok(())
+}
+
+/// Runs like everything else from here on: whoever prepares a move may stand back for what its host does, and
+/// so does what it starts, but now a container stands still until this is done.
+fn go_first() {
+    let stands_back = getpriority_process(None).is_ok_and(|nice| nice > 0);
+    if stands_back && let Err(error) = setpriority_process(None, 0) {
+        // It works all the same.
+        eprintln!("livemig: CRIU runs behind others: {error}");
+    }
 }
 
 /// The requests that are work (`criu_req_type` in CRIU's `images/rpc.proto`).
@@ -111,6 +123,21 @@ mod tests {
         let (got, _) = recv(criu.as_fd(), &mut left[..], RecvFlags::empty()).unwrap();
         assert_eq!(left[..got], [0x08, kind, 0x12, 0]);
         work
+    }
+
+    /// In Linux a thread has a nice value of its own: this one ends with the test.
+    #[test]
+    fn criu_does_not_stand_back_though_it_was_started_by_one_that_does() {
+        let now = || getpriority_process(None).unwrap();
+        let before = now();
+        setpriority_process(None, 15).unwrap();
+        go_first();
+        assert_eq!(now(), 0);
+        // What somebody has given more than others keeps it.
+        setpriority_process(None, -1).unwrap();
+        go_first();
+        assert_eq!(now(), -1);
+        setpriority_process(None, before).unwrap();
     }
 
     #[test]
