@@ -69,6 +69,14 @@ pub enum Effect {
         /// Their cgroup.
         freezer: Freezer,
     },
+    /// The container's processes stand still for a moment, as a round of memory begins. Undone when nobody is
+    /// at work any more who would freeze them again.
+    Rounds {
+        /// Which container.
+        container: ContainerId,
+        /// Its cgroup.
+        freezer: Freezer,
+    },
     /// The container's flows are pointed at a hop.
     Steered {
         /// The container's addresses.
@@ -183,6 +191,7 @@ impl std::fmt::Display for Effect {
             Effect::Hold { .. } => write!(f, "packets waiting in the kernel"),
             Effect::Fenced { .. } => write!(f, "the rule that keeps the frozen container quiet"),
             Effect::Frozen { .. } => write!(f, "frozen processes"),
+            Effect::Rounds { .. } => write!(f, "processes frozen for a round of memory"),
             Effect::Steered { hop, .. } => write!(f, "flows steered into {}", hop.interface()),
             Effect::Forwarding { .. } => write!(f, "the way of new connections"),
             Effect::Forget { container, .. } => write!(f, "the old container {container}"),

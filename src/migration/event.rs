@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::memory::Round;
 use crate::criu::Finding;
 
 /// The steps of a migration, in their order.
@@ -113,6 +114,12 @@ pub enum Event {
         bytes: u64,
         /// How many there will be, where that is known.
         total: Option<u64>,
+    },
+    /// Memory was copied once while the container ran.
+    Copied {
+        /// How it went.
+        #[serde(flatten)]
+        round: Round,
     },
     /// A check found something that does not stand in the way, but should be known.
     Warning {

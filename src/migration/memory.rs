@@ -4,6 +4,7 @@
 //! ([`round`]), when it is frozen ([`send`]), or when it runs over there already ([`leave`]).
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
@@ -22,8 +23,9 @@ use crate::bundle::{self, Progress};
 use crate::criu::pages::Layout;
 use crate::criu::pages::relay::{self, Lists};
 use crate::criu::pages::wanted::{self, FirstMoments};
-use crate::podman::{FailureLog, failure_log};
-use crate::runtime::{Checkpoint, CriuOption, Standby, Verb};
+use crate::criu::{DumpStats, Freezer};
+use crate::podman::{ContainerId, FailureLog, failure_log};
+use crate::runtime::{Checkpoint, CriuOption, Standby, Thaw, Verb};
 use crate::{Config, Error, Result, runtime};
 
 /// Pages that were asked for are sent in pieces of at most this many bytes: 256 KiB.
@@ -37,6 +39,12 @@ pub struct Round {
     /// How long it took.
     #[serde(rename = "ms", serialize_with = "super::report::milliseconds")]
     pub took: Duration,
+    /// How long the container's processes stood still for it; none if CRIU did not say.
+    #[serde(
+        rename = "frozen_ms",
+        serialize_with = "super::report::milliseconds_if_known"
+    )]
+    pub frozen: Option<Duration>,
 }
 
 /// What has to be known to move memory.
@@ -69,8 +77,8 @@ impl<'a> Terms<'a> {
     }
 }
 
-/// Copies the memory while the container runs: all of it, or what has changed since the round before. CRIU
-/// stops the container for as long as it takes to find out what that is.
+/// Copies the memory while the container runs: all of it, or what has changed since the round before. The
+/// container stands still for as long as CRIU takes to find out what that is.
 pub(super) async fn round(shell: &mut Shell, terms: &Terms<'_>) -> Result<Round> {
     let began = Instant::now();
     let number = terms.rounds + 1;
@@ -96,12 +104,92 @@ pub(super) async fn round(shell: &mut Shell, terms: &Terms<'_>) -> Result<Round>
         before: shell.last_round(terms.rounds),
         leave: Some(images),
     };
-    let criu = criu.go().await?;
-    let bytes = pages(shell, terms, runtime, criu, lists, &path, &work).await?;
+    let container = &shell.checkpoint.container;
+    let still = match &shell.freezer {
+        Some(freezer) => {
+            Some(Still::begin(terms.config(), container, freezer, criu.process()?).await?)
+        }
+        None => None,
+    };
+    let goes_on = still.as_ref().map(Still::goes_on);
+    let goes_on = move || {
+        if let Some(goes_on) = &goes_on {
+            goes_on();
+        }
+    };
+    let sent = match criu.go().await {
+        Ok(criu) => pages(shell, terms, (runtime, criu), lists, goes_on, &path, &work).await,
+        Err(error) => Err(error.into()),
+    };
+    let stood = match still {
+        Some(still) => still.ended().await?,
+        None => None,
+    };
     Ok(Round {
-        bytes,
+        bytes: sent?,
         took: began.elapsed(),
+        frozen: stood.or_else(|| standstill(&work)),
     })
+}
+
+/// A container that stands still for the beginning of a round.
+///
+/// CRIU would freeze its cgroup by itself, but looks in steps of 100 ms whether all have stopped, for which
+/// any process that does something is too slow. What it finds frozen it leaves frozen, in the moment in which
+/// it lets go of the processes: from then on they can be thawed, and that is what all the rest is for.
+struct Still {
+    freezer: Freezer,
+    since: Instant,
+    /// For how long they did, once they go on.
+    stood: Arc<OnceLock<Duration>>,
+    thaw: Thaw,
+}
+
+impl Still {
+    async fn begin(
+        config: &Config,
+        container: &ContainerId,
+        freezer: &Freezer,
+        criu: u32,
+    ) -> Result<Still> {
+        // If anything fails from here on, CRIU included, this is what thaws.
+        let thaw = Thaw::start(config, container, freezer, criu)?;
+        let since = Instant::now();
+        freezer.freeze(config.freeze_timeout).await?;
+        Ok(Still {
+            freezer: freezer.clone(),
+            since,
+            stood: Arc::default(),
+            thaw,
+        })
+    }
+
+    /// Lets the processes go on, the first time that it is called.
+    fn goes_on(&self) -> impl Fn() + Send + use<> {
+        let (freezer, since) = (self.freezer.clone(), self.since);
+        let stood = self.stood.clone();
+        move || {
+            stood.get_or_init(|| {
+                if let Err(error) = freezer.thaw() {
+                    tracing::warn!(%error, "the container goes on only at the end of the round");
+                }
+                since.elapsed()
+            });
+        }
+    }
+
+    /// Waits until nobody will thaw any more, since the next one that freezes may want it to last.
+    async fn ended(self) -> Result<Option<Duration>> {
+        self.thaw.done().await?;
+        Ok(self.stood.get().copied())
+    }
+}
+
+/// How long the container stood still in a round in which CRIU stopped it, by its own account.
+fn standstill(work: &Path) -> Option<Duration> {
+    let statistics = std::fs::read(work.join("stats-dump")).ok()?;
+    let statistics = DumpStats::parse(&statistics).ok()?;
+    Some(statistics.freezing + statistics.frozen)
 }
 
 /// Where an earlier round is, seen from a later one or from the last images (`--parent-path` in criu(8)).
@@ -121,24 +209,24 @@ pub(super) async fn send(shell: &mut Shell, terms: &Terms<'_>) -> Result<u64> {
         leave: None,
     };
     let criu = criu.go().await?;
-    pages(shell, terms, runtime, criu, lists, &path, &work).await
+    pages(shell, terms, (runtime, criu), lists, || (), &path, &work).await
 }
 
 /// Passes on what a CRIU sends to its page server.
 async fn pages(
     shell: &mut Shell,
     terms: &Terms<'_>,
-    runtime: Checkpoint,
-    criu: UnixStream,
+    (runtime, criu): (Checkpoint, UnixStream),
     lists: Lists,
+    own_memory: impl FnMut() + Send + 'static,
     path: &str,
     work: &Path,
 ) -> Result<u64> {
     // Where there was no dump nobody ends the stream, and the destination takes it for cut off. Whoever
     // wants the migration to end cuts it off.
     let failed: CancellationToken = terms.request.cancel.child_token();
-    let pages =
-        relay::pages(criu, terms.layout, lists).take_until(failed.clone().cancelled_owned());
+    let pages = relay::pages(criu, terms.layout, lists, own_memory)
+        .take_until(failed.clone().cancelled_owned());
     let (bytes, progress) = bundle::send(pages);
     let within = terms.config().shell_timeout;
     let send = shell

@@ -16,10 +16,11 @@ use futures::{Stream, StreamExt};
 
 use super::memory::{self, Round};
 use super::request::MOST_ROUNDS;
-use super::{Cargo, Event, Migration, WhenOver, freeze, shell};
+use super::{Cargo, Effect, Event, Migration, WhenOver, freeze, shell};
 use crate::bundle::{self, Mirror, Pace, Source};
 use crate::criu::{Criu, Freezer, processes};
 use crate::podman::{Container, Mount};
+use crate::runtime::names_cgroup_in_rounds;
 use crate::{Error, Result};
 
 /// Less memory than this, in bytes, crosses faster in the downtime than CRIU can be asked twice: 32 MiB.
@@ -76,6 +77,9 @@ async fn memory_rounds(migration: &mut Migration<'_>, most: usize) -> Result<()>
     if !criu.as_ref().is_some_and(tracks) || memory < WORTH_A_ROUND {
         return Ok(());
     }
+    if most > 0 && migration.rounds.is_empty() {
+        prepare_to_freeze(migration)?;
+    }
     for _ in 0..most {
         migration.may_go_on(migration.clock.phase())?;
         let terms = memory::Terms::of(
@@ -93,6 +97,7 @@ async fn memory_rounds(migration: &mut Migration<'_>, most: usize) -> Result<()>
             bytes: round.bytes,
             total: Some(round.bytes),
         });
+        migration.clock.observer.observe(Event::Copied { round });
         // Podman's patience is not what the container should fail for.
         let waited = shell.made.map_or(Duration::ZERO, |made| made.elapsed());
         let in_time = waited + round.took < PODMAN_WAITS / 2;
@@ -106,6 +111,24 @@ async fn memory_rounds(migration: &mut Migration<'_>, most: usize) -> Result<()>
             break;
         }
     }
+    Ok(())
+}
+
+/// Finds out what a round freezes, and writes down how that is undone.
+fn prepare_to_freeze(migration: &mut Migration<'_>) -> Result<()> {
+    let shell = migration.shell()?;
+    if !names_cgroup_in_rounds(&shell.runtime) {
+        return Ok(());
+    }
+    let container = &migration.preflight.container;
+    let pid = container.pid.ok_or(Error::OutOfOrder("process"))?;
+    let freezer = Freezer::of(pid, Path::new("/"))?;
+    let effect = Effect::Rounds {
+        container: container.id.clone(),
+        freezer: freezer.clone(),
+    };
+    migration.journal.will([effect])?;
+    migration.shell()?.freezer = Some(freezer);
     Ok(())
 }
 

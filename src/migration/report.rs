@@ -91,6 +91,16 @@ impl std::fmt::Display for Leftover {
     }
 }
 
+pub(super) fn milliseconds_if_known<S: serde::Serializer>(
+    duration: &Option<Duration>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match duration {
+        Some(duration) => milliseconds(duration, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
 pub(super) fn milliseconds<S: serde::Serializer>(
     duration: &Duration,
     serializer: S,

@@ -21,6 +21,7 @@ use super::{Effect, Migration, freeze};
 use crate::agent::Connection;
 use crate::agent::protocol::Nothing;
 use crate::bundle::{self, Progress};
+use crate::criu::Freezer;
 use crate::runtime::{
     Checkpoint, CriuOption, Invocation, OnStandby, Rendezvous, Standby, Verb, setup,
 };
@@ -32,6 +33,8 @@ pub(super) struct Shell {
     pub checkpoint: Invocation,
     /// By which program.
     pub runtime: PathBuf,
+    /// What a round of memory freezes, where it is livemig that does it.
+    pub freezer: Option<Freezer>,
     /// Where all of it lies, in memory.
     staging: PathBuf,
     /// Where its images will be.
@@ -100,6 +103,7 @@ pub(super) async fn take(migration: &mut Migration<'_>) -> Result<()> {
         Ok(Shell {
             checkpoint,
             runtime,
+            freezer: None,
             staging: directory,
             images,
             work,
@@ -130,7 +134,7 @@ pub(super) async fn take(migration: &mut Migration<'_>) -> Result<()> {
 }
 
 impl Migration<'_> {
-    fn shell(&mut self) -> Result<&mut Shell> {
+    pub(super) fn shell(&mut self) -> Result<&mut Shell> {
         self.shell.as_mut().ok_or(Error::OutOfOrder("shell"))
     }
 

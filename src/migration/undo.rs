@@ -70,7 +70,7 @@ pub(crate) async fn unwind(
     let mut leftovers = Vec::new();
     if hands.unsure {
         for effect in journal.effects() {
-            if let Effect::Forget { container, .. } = effect {
+            if let Effect::Forget { container, .. } | Effect::Rounds { container, .. } = effect {
                 hands.checkpoint_ended(container).await;
             }
         }
@@ -135,6 +135,17 @@ impl Hands {
             && began.elapsed() < longest
         {}
         while remains::checkpoint_under_way(container) && began.elapsed() < longest {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Waits until whoever sees to it that the container goes on after a round of memory has done so. It waits
+    /// for the CRIU that was at work, which may freeze what is thawed before.
+    async fn round_ended(&self, container: &ContainerId) {
+        const LOOK_AGAIN: Duration = Duration::from_millis(5);
+        let began = Instant::now();
+        while remains::thaw_under_way(container) && began.elapsed() < self.config.checkpoint_timeout
+        {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
@@ -218,6 +229,11 @@ impl Hands {
             }
             Effect::Closed { gate } => Ok(gate.remove().await?),
             Effect::Frozen { freezer } => {
+                let freezer = freezer.clone();
+                Ok(blocking(move || freezer.thaw()).await?)
+            }
+            Effect::Rounds { container, freezer } => {
+                self.round_ended(container).await;
                 let freezer = freezer.clone();
                 Ok(blocking(move || freezer.thaw()).await?)
             }

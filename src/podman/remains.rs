@@ -16,6 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::ContainerId;
 use crate::criu::processes;
+use crate::runtime::THAW;
 
 /// The temporary directory of Podman's service, unless it is told otherwise.
 const TEMPORARY: &str = "/var/tmp";
@@ -49,6 +50,11 @@ pub(crate) fn sweep() {
 /// Whether a runtime is at work on a checkpoint of this container.
 pub(crate) fn checkpoint_under_way(id: &ContainerId) -> bool {
     all().any(|process| process.has(b"checkpoint") && process.has(id.as_str().as_bytes()))
+}
+
+/// Whether somebody still waits to let this container go on after a round of memory.
+pub(crate) fn thaw_under_way(id: &ContainerId) -> bool {
+    all().any(|process| process.program() == THAW.as_bytes() && process.has(id.as_str().as_bytes()))
 }
 
 /// Whether a runtime is at work on a restore of this container.

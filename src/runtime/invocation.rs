@@ -111,7 +111,6 @@ impl Invocation {
     /// crun says nothing of it to CRIU, which then goes by its own options ([`super::standby`]).
     #[must_use]
     pub fn lazily(self, runtime: &Path) -> Invocation {
-        let is_runc = |path: &Path| path.ends_with("runc.real") || path.ends_with("runc");
         match is_runc(runtime) {
             true => self.with_flag("--lazy-pages"),
             false => self,
@@ -141,6 +140,18 @@ impl Invocation {
         }
         self
     }
+}
+
+/// Whether this runtime names to CRIU the cgroup that a round of memory freezes. runc does (`Checkpoint` in its
+/// `libcontainer/criu_linux.go`). crun does not (`libcrun_container_checkpoint_linux_criu` in its
+/// `src/libcrun/criu.c`): its CRIU stops one process after the other, without polling, and would wait for ever
+/// for those of a frozen cgroup, which it does not know of.
+pub fn names_cgroup_in_rounds(runtime: &Path) -> bool {
+    is_runc(runtime)
+}
+
+fn is_runc(runtime: &Path) -> bool {
+    runtime.ends_with("runc.real") || runtime.ends_with("runc")
 }
 
 fn verb(argument: &str) -> Option<Verb> {

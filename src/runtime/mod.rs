@@ -14,7 +14,8 @@
 //! met at a socket ([`rendezvous`]). If nobody waits, the wrapper becomes the real runtime.
 //!
 //! The real runtimes are started before the container is frozen, on either side. What they call as CRIU is
-//! livemig again ([`held_criu`]), which becomes CRIU in the moment in which it is needed ([`standby`]).
+//! livemig again ([`held_criu`]), which becomes CRIU in the moment in which it is needed ([`standby`]). While
+//! it copies memory of a container that is to go on, a process of its own sees to it that it does ([`Thaw`]).
 
 mod checkpoint;
 mod error;
@@ -25,13 +26,16 @@ pub mod invocation;
 pub mod rendezvous;
 pub mod setup;
 pub mod standby;
+mod thaw;
 pub mod wrapper;
 
 pub use checkpoint::Checkpoint;
 pub use error::Error;
-pub use invocation::{Invocation, Verb};
+pub use invocation::{Invocation, Verb, names_cgroup_in_rounds};
 pub use rendezvous::{Arrived, Outcome, Rendezvous};
 pub use standby::{CriuOption, OnStandby, Standby};
+pub(crate) use thaw::NAME as THAW;
+pub use thaw::Thaw;
 
 /// What the functions of this module return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -93,6 +93,11 @@ pub fn wrapper(config: &Config, host: &HostInfo) -> Option<PathBuf> {
     (in_place && criu(config).real().exists()).then(|| links.wrapper())
 }
 
+/// livemig, under CRIU's name: whichever program has called this, there it is.
+pub(super) fn own_program(config: &Config) -> PathBuf {
+    criu(config).wrapper()
+}
+
 fn criu(config: &Config) -> Links {
     Links {
         directory: criu_path(config),

@@ -146,6 +146,18 @@ impl Standby {
 }
 
 impl OnStandby {
+    /// The number of the process that will be CRIU.
+    ///
+    /// # Errors
+    /// When it has gone.
+    pub fn process(&self) -> Result<u32> {
+        let peer = self.0.peer_cred().map_err(Error::Lost)?;
+        // The kernel numbers it; a process without a number here is in another PID namespace.
+        let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok());
+        pid.filter(|pid| *pid != 0)
+            .ok_or_else(|| Error::Lost(std::io::ErrorKind::NotFound.into()))
+    }
+
     /// Lets it begin. Over what is returned a dump sends its pages.
     ///
     /// # Errors

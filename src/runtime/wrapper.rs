@@ -28,6 +28,8 @@ pub enum Role {
     Runtime(PathBuf),
     /// CRIU, by this path.
     Criu(PathBuf),
+    /// Whoever sees to it that a container goes on.
+    Thaw,
 }
 
 impl Role {
@@ -37,6 +39,7 @@ impl Role {
         let name = program.file_name()?.to_str()?;
         match name {
             "criu" => Some(Role::Criu(program)),
+            super::thaw::NAME => Some(Role::Thaw),
             name if super::setup::RUNTIMES.contains(&name) => Some(Role::Runtime(program)),
             _ => None,
         }
@@ -47,6 +50,7 @@ impl Role {
         match self {
             Role::Runtime(program) => run(&program, arguments),
             Role::Criu(program) => super::held_criu::run(&program, arguments),
+            Role::Thaw => super::thaw::run(arguments),
         }
     }
 }

@@ -14,6 +14,8 @@
 mod lab;
 #[path = "../../benches/record/mod.rs"]
 mod record;
+#[path = "rounds.rs"]
+mod rounds;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -175,6 +177,11 @@ async fn migrations(clock: &Clock, all: bool) -> Vec<Value> {
         let mut cell = migration(clock, &lab, &case).await;
         cell["first"] = json!(cells.is_empty());
         cells.push(cell);
+        // Under crun it is CRIU that stops the processes in a round.
+        if case.engine.name == "precopy" && case.runtime == "runc" {
+            rounds::stand_still_only_for_criu(clock, &lab).await;
+            rounds::struck_in_the_midst(clock, &lab).await;
+        }
     }
     lab.down().await;
     cells

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use livemig::conntrack::hold::HoldReport;
-use livemig::migration::{Cargo, Event, Observer};
+use livemig::migration::{Cargo, Event, Observer, Round};
 use livemig::{Error, Report};
 
 use crate::exit;
@@ -122,6 +122,7 @@ impl Observer for Progress {
                     _ => {}
                 }
             }
+            Event::Copied { round } => self.line(&copied(&round)),
             Event::Warning { finding } => {
                 self.line(&format!("warning: {} ({})", finding.what, finding.code))
             }
@@ -204,6 +205,22 @@ pub fn summary(report: &Report) {
     for leftover in &report.leftovers {
         println!("could not be tidied here: {leftover}");
     }
+}
+
+/// One round of memory.
+fn copied(round: &Round) -> String {
+    let mut text = format!(
+        "{} of memory copied in {:.1} ms",
+        Bytes(round.bytes),
+        round.took.as_secs_f64() * 1e3
+    );
+    if let Some(frozen) = round.frozen {
+        text.push_str(&format!(
+            ", for {:.1} of which it stood still",
+            frozen.as_secs_f64() * 1e3
+        ));
+    }
+    text
 }
 
 /// What became of the packets that waited.

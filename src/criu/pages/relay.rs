@@ -33,25 +33,30 @@ impl Lists {
     }
 }
 
-/// Passes on what a CRIU sends, commands and pages as they come.
+/// Passes on what a CRIU sends, commands and pages as they come. `own_memory` is called as often as CRIU
+/// begins with the memory of a process: in a round, by then it has let all of them go (`cr_pre_dump_finish` in
+/// `criu/cr-dump.c`; what they share it sends before).
 ///
 /// # Errors
 /// The stream fails with [`Error::Relay`] if the connection breaks, with [`Error::Pages`] if it is not
 /// CRIU that speaks, and with [`Error::Write`] if the lists cannot be left. It ends when CRIU says that that
 /// was all.
-pub fn pages<S>(
+pub fn pages<S, F>(
     criu: S,
     layout: Layout,
     lists: Lists,
-) -> impl Stream<Item = Result<Bytes>> + Send + use<S>
+    own_memory: F,
+) -> impl Stream<Item = Result<Bytes>> + Send + use<S, F>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
+    F: FnMut() + Send,
 {
     let left = lists.leave.as_deref();
     let talk = Talk {
         stream: criu,
         left: left.map(|directory| Images::new(directory, Keep::Lists)),
         lists,
+        own_memory,
         reader: Reader::new(layout),
         buffer: BytesMut::new(),
     };
@@ -82,15 +87,16 @@ where
 }
 
 /// CRIU, while it sends.
-struct Talk<S> {
+struct Talk<S, F> {
     stream: S,
     lists: Lists,
+    own_memory: F,
     left: Option<Images>,
     reader: Reader,
     buffer: BytesMut,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin, F: FnMut()> Talk<S, F> {
     /// What has come since. CRIU gets the answers that it waits for.
     async fn piece(&mut self) -> Result<Bytes> {
         self.buffer.reserve(PIECE);
@@ -100,7 +106,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
         }
         let piece = self.buffer.split().freeze();
         let mut answers = Vec::new();
-        let Talk { lists, left, .. } = self;
+        let Talk {
+            lists,
+            left,
+            own_memory,
+            ..
+        } = self;
         self.reader.read(&piece, |seen| {
             if let Some(left) = left {
                 left.take(&seen)?;
@@ -108,6 +119,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
             match seen {
                 // A `char`.
                 Seen::Command(Command::Open(memory)) => {
+                    if matches!(memory, Memory::Process(_)) {
+                        own_memory();
+                    }
                     answers.push(u8::from(lists.has_parent(memory)));
                 }
                 // An `int`.
@@ -135,6 +149,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use futures::TryStreamExt;
     use tokio::io::DuplexStream;
 
@@ -158,7 +174,7 @@ mod tests {
     /// earlier round of them.
     async fn round(lists: Lists, processes: &[u64]) -> Vec<u64> {
         let (mut criu, ours) = tokio::io::duplex(64 << 10);
-        let relayed = pages(ours, LAYOUT, lists).try_collect::<Vec<Bytes>>();
+        let relayed = pages(ours, LAYOUT, lists, || ()).try_collect::<Vec<Bytes>>();
         let speaks = async {
             let mut with_parent = Vec::new();
             for process in processes {
@@ -185,6 +201,34 @@ mod tests {
         let (relayed, with_parent) = futures::join!(relayed, speaks);
         relayed.unwrap();
         with_parent
+    }
+
+    /// What is shared comes first, and while it does all processes stand still.
+    #[tokio::test]
+    async fn a_round_has_let_the_processes_go_when_their_own_memory_begins() {
+        let own = AtomicUsize::new(0);
+        let (mut criu, ours) = tokio::io::duplex(64 << 10);
+        let relayed = pages(ours, LAYOUT, Lists::default(), || {
+            own.fetch_add(1, Ordering::Relaxed);
+        });
+        let relayed = relayed.try_collect::<Vec<Bytes>>();
+        let speaks = async {
+            let seen = || own.load(Ordering::Relaxed);
+            told(&mut criu, HAS_PARENT, 1, &mut [0; 4]).await;
+            let shared = 7 << 8 | 2;
+            criu.write_all(&command(LAYOUT, OPEN, 0, 0, shared))
+                .await
+                .unwrap();
+            criu.read_exact(&mut [0; 1]).await.unwrap();
+            assert_eq!(seen(), 0);
+            for process in [1, 2] {
+                told(&mut criu, OPEN, process, &mut [0; 1]).await;
+                assert_eq!(seen() as u64, process);
+            }
+            told(&mut criu, 0x1024, 0, &mut [0; 4]).await;
+        };
+        let (relayed, ()) = futures::join!(relayed, speaks);
+        relayed.unwrap();
     }
 
     #[tokio::test]
