@@ -46,6 +46,10 @@ pub struct Config {
     /// How long Podman may take, on either host, to do all for a container that needs none of its
     /// processes. Podman itself gives up a restore after 240 s.
     pub shell_timeout: Duration,
+    /// How long the destination's Podman is made to wait for a container's processes before they are frozen.
+    /// It waits for 240 s for its runtime (`ContainerCreateTimeout` in `libpod/define/config.go`), which the
+    /// downtime has to fit into as well.
+    pub podman_patience: Duration,
     /// How long freezing the container's processes may take.
     pub freeze_timeout: Duration,
     /// How long the first handshake of a tunnel may take.
@@ -135,6 +139,7 @@ impl Default for Config {
             drain_timeout: Duration::from_millis(100),
             restore_timeout: Duration::from_secs(300),
             shell_timeout: Duration::from_secs(120),
+            podman_patience: Duration::from_secs(180),
             freeze_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
             image_timeout: Duration::from_secs(600),

@@ -76,6 +76,20 @@ pub enum Error {
         /// How long it may stand still.
         budget: std::time::Duration,
     },
+    /// Somebody has made a volume since it was looked at.
+    #[error("there is a volume `{0}` here by now")]
+    VolumeExists(String),
+    /// The destination has made the container, and waits for what does not come.
+    #[error(
+        "the container's files and memory did not cross in the {} s for which Podman on {peer} can be made to wait for them",
+        after.as_secs()
+    )]
+    OutOfPatience {
+        /// The destination's name here.
+        peer: String,
+        /// How long they had.
+        after: std::time::Duration,
+    },
     /// A step failed, and what came before it was undone.
     #[error("{}; {}", with_sources(cause.as_ref()), aftermath(leftovers))]
     RolledBack {
@@ -323,6 +337,8 @@ impl Error {
             Error::Rehearsed(_) => "rehearsed",
             Error::HoldFull { .. } => "hold-full",
             Error::OverBudget { .. } => "over-budget",
+            Error::VolumeExists(_) => "volume-exists",
+            Error::OutOfPatience { .. } => "out-of-patience",
             Error::RolledBack { cause, .. } => cause.code(),
             Error::InDoubt { .. } => "in-doubt",
             Error::NotThere(_) => "not-there",
@@ -387,6 +403,14 @@ impl Error {
             Error::OverBudget { .. } => Some(
                 "try again when less is written to, allow more with --max-downtime, go on anyway with \
                  --when-over go-on, or use --post-copy"
+                    .to_owned(),
+            ),
+            Error::VolumeExists(_) => {
+                Some("remove or rename it at the destination, and try again".to_owned())
+            }
+            Error::OutOfPatience { .. } => Some(
+                "keep what is much in a volume (volumes have all the time they need), try --rounds 0 where it is \
+                 memory, or use --engine rest, which knows no such bound"
                     .to_owned(),
             ),
             Error::HoldFull { .. } => Some(

@@ -249,3 +249,73 @@ async fn a_rehearsal_leaves_nothing() {
     assert_went_on(&client.stop().await, 1);
     pair.down().await;
 }
+
+/// Podman waits four minutes for its runtime. The content of a volume may take longer than that: it comes before
+/// Podman knows of the container.
+#[tokio::test]
+async fn nobody_waits_for_the_content_of_a_volume() {
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let (h1, h2) = (pair.host(1), pair.host(2));
+    h1.run_workload("web", &["-v", "big:/big"], &["echo", "7000"])
+        .await;
+    let digest =
+        "sha256sum $(podman volume inspect -f '{{.Mountpoint}}' big)/content | cut -d ' ' -f 1";
+    h1.sh("head -c 12M /dev/urandom >$(podman volume inspect -f '{{.Mountpoint}}' big)/content")
+        .await;
+    let before = h1.sh(digest).await;
+    // 12 MiB take five seconds.
+    lab::link::spoil(pair.lab().wan()).await;
+    let moving = pair.spawn_migration("web", 1, 2, &["--engine", "direct"]);
+    let (content, container) = loop {
+        let there =
+            "s=$(stat -c %s /var/lib/containers/storage/volumes/big/_data/* 2>/dev/null || true)
+                     echo ${s:-0} $(podman ps -aq | wc -l)";
+        let there = h2.sh(there).await;
+        let (content, container) = there.text().split_once(' ').expect("two numbers");
+        let number = |text: &str| text.parse::<u64>().expect("a number");
+        if number(content) > 0 {
+            break (number(content), number(container));
+        }
+        tokio::time::sleep(lab::LOOK).await;
+    };
+    assert_eq!(container, 0, "{content} bytes, and a container");
+    lab::link::mend(pair.lab().wan()).await;
+    let moved = moving.finish().await;
+    assert!(moved.status.success(), "{moved}");
+    assert_eq!(h2.sh(digest).await.text(), before.text());
+    pair.down().await;
+}
+
+/// What only a made container has a place for has to come while Podman waits. If it does not, the container
+/// stays where it is.
+#[tokio::test]
+async fn what_takes_longer_than_podman_waits_is_given_up() {
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let (h1, h2, c1) = (pair.host(1), pair.host(2), pair.client(1));
+    h1.run_workload(
+        "web",
+        &["-p", "7000:7000", "-v", "kept:/kept"],
+        &["echo", "7000"],
+    )
+    .await;
+    pair.settled(2, &["-p", "7000:7000"]).await;
+    pair.try_migrate("web", 1, 2, &["--rehearse", "restore"])
+        .await;
+    let client = c1.spawn(&["client-echo", &h1.ip(), "7000"]).await;
+    let before = [h1.census().await, h2.census().await];
+    let patience = [("LIVEMIG_PODMAN_PATIENCE_MS", "1")];
+    let engine = ["--engine", "direct"];
+    let moving = pair.spawn_migration_with("web", 1, 2, &engine, &patience);
+    let given_up = moving.finish().await;
+    assert_eq!(given_up.status.code(), Some(5), "{given_up}");
+    assert!(
+        given_up.to_string().contains("for which Podman on h2"),
+        "{given_up}"
+    );
+    assert!(given_up.to_string().contains("--engine rest"), "{given_up}");
+    for (host, before) in [h1, h2].into_iter().zip(&before) {
+        host.assert_as_before(before).await;
+    }
+    assert_went_on(&client.stop().await, 1);
+    pair.down().await;
+}

@@ -10,6 +10,8 @@
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  PUT  /v1/migrations/ID/image   bytes ──────────▶  only if it lacks the image
 //!    │  ◀───────────────────────────────────── Nothing
+//!    │  PUT  /v1/migrations/ID/volumes bytes ──────────▶  only with the direct engine: what is in
+//!    │  ◀───────────────────────────────────── Nothing    them, again and again
 //!    │  PUT  /v1/migrations/ID/shell   bytes ──────────▶  only with the direct engine: Podman makes
 //!    │  ◀───────────────────────────────────── Nothing    the container, all but its processes
 //!    │  PUT  .../files     what they changed ──────────▶  again and again

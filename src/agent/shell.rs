@@ -141,12 +141,7 @@ impl Shell {
             TreeId::Shm => Some(trees.shm.clone()),
             TreeId::Volume(name) => volumes.get(name).cloned(),
         };
-        let limits = Limits {
-            // What a node gives access to is for the container's cgroup to say, as in any image.
-            devices: true,
-            ..Limits::default()
-        };
-        bundle::apply(changes, place, limits).await?;
+        bundle::apply(changes, place, limits()).await?;
         Ok(())
     }
 
@@ -348,6 +343,30 @@ impl Shell {
         {
             tracing::warn!("Podman still waits for its runtime");
         }
+    }
+}
+
+/// Brings content into volumes of which there is no container yet.
+///
+/// # Errors
+/// As [`Shell::bring_in`].
+pub async fn fill<S>(content: S, volumes: BTreeMap<String, PathBuf>) -> Result<(), Error>
+where
+    S: Stream<Item = bundle::Result<Bytes>> + Send,
+{
+    let place = move |tree: &TreeId| match tree {
+        TreeId::Volume(name) => volumes.get(name).cloned(),
+        TreeId::Rootfs | TreeId::Shm => None,
+    };
+    bundle::apply(content, place, limits()).await?;
+    Ok(())
+}
+
+fn limits() -> Limits {
+    Limits {
+        // What a node gives access to is for the container's cgroup to say, as in any image.
+        devices: true,
+        ..Limits::default()
     }
 }
 

@@ -201,6 +201,33 @@ impl Mirror {
         }
     }
 
+    /// The same, with more trees, of which the destination has nothing yet.
+    #[must_use]
+    pub fn and(mut self, sources: Vec<Source>) -> Mirror {
+        let more = sources.into_iter().map(|source| (source, None));
+        self.trees.extend(more);
+        self
+    }
+
+    /// The same, after Podman has mounted the volumes for the first time, which rounds before this have
+    /// filled: then it gives their root directories the owner and mode of what they are mounted over, and
+    /// what the image has there to those that are empty (`mountNamedVolume` and `fixVolumePermissions` in
+    /// Podman's `libpod`).
+    #[must_use]
+    pub fn volumes_mounted(mut self) -> Mirror {
+        for (source, sent) in &mut self.trees {
+            if !matches!(source.id, TreeId::Volume(_)) {
+                continue;
+            }
+            match sent {
+                Some(snapshot) if !snapshot.is_empty() => snapshot.forget_root(),
+                // It is emptied once more.
+                sent => *sent = None,
+            }
+        }
+        self
+    }
+
     /// Writes one round. Blocks. It never holds more of the files than one file's metadata and
     /// 256 KiB of content; but some 200 bytes for each name, as long as the mirror lives.
     ///

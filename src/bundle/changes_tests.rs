@@ -486,6 +486,44 @@ impl Mapped {
     }
 }
 
+/// Podman does that when it mounts a volume for the first time, after rounds that have filled it.
+#[test]
+fn a_volume_is_mounted_after_it_was_filled() {
+    for filled in [true, false] {
+        in_namespace(move |base: &Path| {
+            make_lower(base);
+            let pair = Pair::new(base, "pair", OPTIONS[0]);
+            let data = TreeId::Volume("data".into());
+            let (here, there) = (pair.at(&data, "here"), pair.at(&data, "there"));
+            if filled {
+                write(&here, "file", "content");
+            }
+            std::os::unix::fs::chown(&here, Some(101), Some(102)).expect("root may");
+            settle();
+            let only_volume = Mirror::new(vec![Source::volume("data", here.clone())]);
+            let mut archive = Vec::new();
+            let round = only_volume.write(Pace::Frozen, &mut archive);
+            let mirror = round.expect("written").mirror;
+            let mut applier = Applier::new(|_: &TreeId| Some(there.clone()), LIMITS);
+            applier.feed(&archive).expect("read");
+            applier.finish().expect("brought in");
+            assert_same(&here, &there, Carried::Exactly, "before");
+
+            std::os::unix::fs::chown(&there, Some(0), Some(0)).expect("root may");
+            if !filled {
+                write(&there, "from-the-image", "which the container has removed");
+            }
+            let others = vec![
+                Source::rootfs(pair.from.layers.clone()),
+                Source::shm(pair.at(&TreeId::Shm, "here")),
+            ];
+            let (mirror, ..) = pair.round(mirror.volumes_mounted().and(others), "mounted");
+            let (_, _, applied) = pair.round(mirror, "as it was");
+            assert_eq!(applied, Applied::default(), "nothing has changed since");
+        });
+    }
+}
+
 #[test]
 fn two_hundred_random_operations_in_rounds() {
     let mut seed = [0; 8];

@@ -168,6 +168,16 @@ impl Snapshot {
         }
     }
 
+    /// Whether there was nothing in the tree.
+    pub fn is_empty(&self) -> bool {
+        self.known.keys().all(|path| path.is_empty())
+    }
+
+    /// Has the next scan tell of the tree's own directory, whether it has changed or not.
+    pub fn forget_root(&mut self) {
+        self.known.remove(&b""[..]);
+    }
+
     fn is_racy(&self, stamp: &Stamp) -> bool {
         let at = |moment: Moment| {
             i128::from(moment.seconds) * 1_000_000_000 + i128::from(moment.nanoseconds)

@@ -3,10 +3,13 @@
 //! The rest engine makes no rounds: Podman's API writes one pre-dump at most, and cannot restore from it.
 //! The phase stands in the list so that a report has the same phases whatever the engine.
 //!
-//! With the direct engine memory goes ahead, where the kernel can tell what was written to since: all of it,
-//! then what has changed in that time, for as long as that gets less and the downtime would be longer than
-//! it may be. Then the container's files likewise ([`bundle::changes`]), and once more what has changed in
-//! memory. What is left then goes in the downtime. Last, the runtimes are started on both hosts, up to CRIU.
+//! With the direct engine the content of volumes goes ahead ([`bundle::changes`]): all of it, then what has
+//! changed in that time, for as long as that gets less. Then memory likewise, where the kernel can tell what was
+//! written to since, if the downtime would be longer than it may be. All of this takes what it takes. Then
+//! Podman at the destination makes the container, and waits for its processes, for four minutes and no longer:
+//! in this time the files come that only a made container has a place for, what has changed in volumes, and once
+//! more what has changed in memory. What is left goes in the downtime. Last, the runtimes are started on both
+//! hosts, up to CRIU.
 
 use std::path::Path;
 use std::time::Duration;
@@ -27,8 +30,6 @@ use crate::{Error, Result};
 const WORTH_A_ROUND: u64 = 32 << 20;
 /// What of the downtime is not memory, roughly: where it was measured, 40 to 80 ms.
 const OTHER_PARTS: Duration = Duration::from_millis(60);
-/// How long Podman waits for a runtime (`ContainerCreateTimeout` in `libpod/define/config.go`).
-const PODMAN_WAITS: Duration = Duration::from_secs(240);
 /// So few bytes are sent in the last round as quickly as in another one before.
 const FEW: u64 = 1 << 20;
 
@@ -41,15 +42,48 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
         true => migration.request.most_rounds.min(1),
         false => migration.request.most_rounds,
     };
+    // Podman at the destination waits for what it begins, and not for ever: whatever can take long comes before.
+    let volumes = volumes(&migration.preflight.container);
+    let mut mirror = Mirror::new(volumes);
+    if migration.preflight.container.volumes().next().is_some() {
+        mirror = file_rounds(migration, mirror, "volumes").await?;
+    }
     // One of several is left for the end.
     memory_rounds(migration, if most > 1 { most - 1 } else { most }).await?;
     shell::send(migration).await?;
-    let mut mirror = Mirror::new(sources(&migration.preflight.container)?);
+    let others = own_trees(&migration.preflight.container)?;
+    let mirror = mirror.volumes_mounted().and(others);
+    let patience = migration.request.config.podman_patience;
+    let rest = async {
+        migration.mirror = Some(file_rounds(migration, mirror, "files").await?);
+        // What the downtime carries of the memory is what was written to since the last round: all of the time
+        // that the container and its files took.
+        if most > 1 && !migration.rounds.is_empty() {
+            memory_rounds(migration, 1).await?;
+        }
+        give_up_if_over(migration)?;
+        shell::stand_by(migration).await
+    };
+    match tokio::time::timeout(patience, rest).await {
+        Ok(done) => done,
+        Err(_) => Err(Error::OutOfPatience {
+            peer: migration.request.to.clone(),
+            after: patience,
+        }),
+    }
+}
+
+/// Copies files for as long as each round has less than half of the one before.
+async fn file_rounds(
+    migration: &mut Migration<'_>,
+    mut mirror: Mirror,
+    part: &str,
+) -> Result<Mirror> {
     let mut before = u64::MAX;
     for _ in 0..MOST_ROUNDS {
         migration.may_go_on(migration.clock.phase())?;
         let (changes, round) = mirror.stream(Pace::Running);
-        let sent = send(migration, changes.boxed()).await;
+        let sent = send(migration, part, changes.boxed()).await;
         // If the round has failed, that is why the stream ended early.
         mirror = round.await?.mirror;
         let sent = sent?;
@@ -59,14 +93,7 @@ pub(super) async fn precopy(migration: &mut Migration<'_>) -> Result<()> {
         }
         before = sent;
     }
-    migration.mirror = Some(mirror);
-    // What the downtime carries of the memory is what was written to since the last round: all of the time that
-    // the container and its files took.
-    if most > 1 && !migration.rounds.is_empty() {
-        memory_rounds(migration, 1).await?;
-    }
-    give_up_if_over(migration)?;
-    shell::stand_by(migration).await
+    Ok(mirror)
 }
 
 /// Copies memory for as long as the next round is likely to leave less to the downtime.
@@ -100,7 +127,7 @@ async fn memory_rounds(migration: &mut Migration<'_>, most: usize) -> Result<()>
         migration.clock.observer.observe(Event::Copied { round });
         // Podman's patience is not what the container should fail for.
         let waited = shell.made.map_or(Duration::ZERO, |made| made.elapsed());
-        let in_time = waited + round.took < PODMAN_WAITS / 2;
+        let in_time = waited + round.took < migration.request.config.podman_patience / 2;
         let before = migration.rounds.last().map_or(memory, |last| last.bytes);
         let first = migration.rounds.is_empty();
         migration.rounds.push(round);
@@ -174,11 +201,11 @@ pub(super) fn resident(container: &Container) -> u64 {
 }
 
 /// Sends one round, and says how many bytes that were.
-async fn send<S>(migration: &mut Migration<'_>, changes: S) -> Result<u64>
+async fn send<S>(migration: &mut Migration<'_>, part: &str, changes: S) -> Result<u64>
 where
     S: Stream<Item = bundle::Result<Bytes>> + Send + 'static,
 {
-    let progress = migration.send_part("files", changes).await?;
+    let progress = migration.send_part(part, changes).await?;
     migration.clock.observer.observe(Event::Sent {
         what: Cargo::Files,
         bytes: progress.wire(),
@@ -187,17 +214,22 @@ where
     Ok(progress.content())
 }
 
-/// The trees in which a container has files of its own.
-fn sources(container: &Container) -> Result<Vec<Source>> {
+/// Its volumes.
+fn volumes(container: &Container) -> Vec<Source> {
+    let volumes = container.mounts.iter().filter_map(|mount| match mount {
+        Mount::Volume { name, source, .. } => Some(Source::volume(name, source.clone())),
+        _ => None,
+    });
+    volumes.collect()
+}
+
+/// The other trees in which a container has files of its own.
+fn own_trees(container: &Container) -> Result<Vec<Source>> {
     let mut sources = vec![Source::rootfs(freeze::layers(container)?)];
     // Not there with `--ipc none`.
     let shm = container.static_dir.join("shm");
     if shm.is_dir() {
         sources.push(Source::shm(shm));
     }
-    sources.extend(container.mounts.iter().filter_map(|mount| match mount {
-        Mount::Volume { name, source, .. } => Some(Source::volume(name, source.clone())),
-        _ => None,
-    }));
     Ok(sources)
 }

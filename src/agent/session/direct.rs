@@ -1,29 +1,32 @@
 //! What comes ahead of a container with the direct engine, part by part: its memory, the shell that it will
 //! run in, its files.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use bytes::Bytes;
+use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use hyper::Response;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::super::memory::Memory;
 use super::super::protocol::{MigrationId, Nothing, Stage};
-use super::super::shell::Shell;
+use super::super::shell::{Shell, fill};
 use super::super::{Body, ReplyBody, reply};
 use super::{CONTAINER, Session, Sessions, restored};
 use crate::Error;
 use crate::bundle;
 use crate::criu::pages::Layout;
 use crate::migration::Effect;
-use crate::podman;
+use crate::podman::{self, Mount, Volume};
 use crate::runtime::{Rendezvous, Verb, setup};
 
 /// Whether a request of this path brings a part of a container.
 pub(super) fn is_part(path: &[&str]) -> bool {
     matches!(
         path,
-        ["shell" | "files" | "standby" | "pages"] | ["rounds", _]
+        ["volumes" | "shell" | "files" | "standby" | "pages"] | ["rounds", _]
     )
 }
 
@@ -68,6 +71,7 @@ impl Sessions {
                 let memory = self.memory(id, session)?;
                 memory.take_round(number, content).await?;
             }
+            ["volumes"] => self.fill_volumes(session, content).await?,
             ["shell"] => self.make_shell(id, session, content).await?,
             ["files"] => {
                 let shell = session.shell.as_ref().ok_or(Error::OutOfOrder("shell"))?;
@@ -105,19 +109,67 @@ impl Sessions {
         session.memory.as_mut().ok_or(Error::OutOfOrder("memory"))
     }
 
+    /// Brings content into the container's volumes before Podman knows of the container: what it begins it
+    /// waits for, and not for ever.
+    async fn fill_volumes(
+        &self,
+        session: &mut Session,
+        content: BoxStream<'static, bundle::Result<Bytes>>,
+    ) -> Result<(), Error> {
+        if session.shell.is_some() {
+            return Err(Error::OutOfOrder("preparation"));
+        }
+        if session.volumes.is_empty() {
+            self.make_volumes(session).await?;
+        }
+        fill(content, session.volumes.clone()).await
+    }
+
+    /// Makes the container's volumes, empty.
+    async fn make_volumes(&self, session: &mut Session) -> Result<(), Error> {
+        let container = &session.offer.container;
+        let mut volumes = BTreeMap::new();
+        for mount in &container.mounts {
+            if let Mount::Volume { name, labels, .. } = mount {
+                if self.podman.volume_exists(name).await? {
+                    // Undone with the others, it would be lost.
+                    return Err(Error::VolumeExists(name.clone()));
+                }
+                // Whatever else its driver was told is not for another host to say.
+                let volume = Volume {
+                    name: name.clone(),
+                    labels: labels.clone(),
+                    ..Volume::default()
+                };
+                volumes.insert(name.clone(), volume);
+            }
+        }
+        session.journal.will([restored(container)])?;
+        for (name, volume) in volumes {
+            self.podman.create_volume(&volume).await?;
+            let made = self.podman.volume(&name).await?;
+            let made = made.ok_or(Error::OutOfOrder("volume"))?;
+            session.volumes.insert(name, made.mount_point);
+        }
+        Ok(())
+    }
+
     /// Has Podman make the container, all but its processes.
     async fn make_shell(
         &self,
         id: &MigrationId,
         session: &mut Session,
-        archive: futures::stream::BoxStream<'static, bundle::Result<bytes::Bytes>>,
+        archive: BoxStream<'static, bundle::Result<Bytes>>,
     ) -> Result<(), Error> {
         if session.shell.is_some() {
             return Err(Error::OutOfOrder("preparation"));
         }
         self.memory(id, session)?;
         let container = session.offer.container.clone();
-        session.journal.will([restored(&container)])?;
+        // With volumes it has been.
+        if session.volumes.is_empty() {
+            session.journal.will([restored(&container)])?;
+        }
         let waiting = setup::waiting(&self.config);
         let rendezvous = Rendezvous::open(&waiting, Verb::Restore, &container.id)?;
         let (archive, verdict) = self.judged(session, archive)?;

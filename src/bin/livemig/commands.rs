@@ -73,6 +73,8 @@ pub async fn run(cli: Cli) -> Result<ExitCode, Error> {
                 hold_bytes: hold_mib << 20,
                 ..config
             };
+            #[cfg(debug_assertions)]
+            let config = crate::standstill::bounds(config);
             let request = request(config, what)
                 .keep_volumes(keep_volumes)
                 .forward_new(forward_new)
