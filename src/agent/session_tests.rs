@@ -1,6 +1,10 @@
 use std::process::Command;
 
+use super::end::let_in;
 use super::*;
+use crate::conntrack::Gate;
+use crate::migration::Effect;
+use crate::podman::ContainerId;
 
 /// Runs in a network namespace of its own.
 fn alone<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {

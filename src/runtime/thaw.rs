@@ -91,7 +91,7 @@ impl Thaw {
 }
 
 /// What that process does.
-pub(super) fn run(arguments: Vec<OsString>) -> ExitCode {
+pub(super) fn run(arguments: &[OsString]) -> ExitCode {
     let text: Vec<&str> = arguments.iter().filter_map(|text| text.to_str()).collect();
     let [_container, criu, freezer] = text[..] else {
         return ExitCode::FAILURE;

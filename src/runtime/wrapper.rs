@@ -50,7 +50,7 @@ impl Role {
         match self {
             Role::Runtime(program) => run(&program, arguments),
             Role::Criu(program) => super::held_criu::run(&program, arguments),
-            Role::Thaw => super::thaw::run(arguments),
+            Role::Thaw => super::thaw::run(&arguments),
         }
     }
 }
