@@ -115,6 +115,10 @@ pub enum Event {
         /// How many there will be, where that is known.
         total: Option<u64>,
     },
+    /// The container is about to stand still, as a round of memory begins.
+    StandsStill,
+    /// It goes on.
+    GoesOn,
     /// Memory was copied once while the container ran.
     Copied {
         /// How it went.

@@ -15,6 +15,7 @@ use tokio::net::UnixStream;
 use tokio_util::io::{ReaderStream, StreamReader};
 use tokio_util::sync::CancellationToken;
 
+use super::event::{Event, Observer};
 use super::preflight::Preflight;
 use super::request::Request;
 use super::shell::Shell;
@@ -79,7 +80,11 @@ impl<'a> Terms<'a> {
 
 /// Copies the memory while the container runs: all of it, or what has changed since the round before. The
 /// container stands still for as long as CRIU takes to find out what that is.
-pub(super) async fn round(shell: &mut Shell, terms: &Terms<'_>) -> Result<Round> {
+pub(super) async fn round(
+    shell: &mut Shell,
+    terms: &Terms<'_>,
+    observer: &mut dyn Observer,
+) -> Result<Round> {
     let began = Instant::now();
     let number = terms.rounds + 1;
     let (images, work) = shell.round(number)?;
@@ -104,6 +109,7 @@ pub(super) async fn round(shell: &mut Shell, terms: &Terms<'_>) -> Result<Round>
         before: shell.last_round(terms.rounds),
         leave: Some(images),
     };
+    observer.observe(Event::StandsStill);
     let container = &shell.checkpoint.container;
     let still = match &shell.freezer {
         Some(freezer) => {
@@ -111,16 +117,37 @@ pub(super) async fn round(shell: &mut Shell, terms: &Terms<'_>) -> Result<Round>
         }
         None => None,
     };
-    let goes_on = still.as_ref().map(Still::goes_on);
-    let goes_on = move || {
-        if let Some(goes_on) = &goes_on {
-            goes_on();
+    let thaw = still.as_ref().map(Still::goes_on);
+    let going = CancellationToken::new();
+    let own_memory = {
+        let going = going.clone();
+        move || {
+            if let Some(thaw) = &thaw {
+                thaw();
+            }
+            going.cancel();
         }
     };
-    let sent = match criu.go().await {
-        Ok(criu) => pages(shell, terms, (runtime, criu), lists, goes_on, &path, &work).await,
-        Err(error) => Err(error.into()),
+    let sent = async {
+        // Also where CRIU came to none of it.
+        let _going = going.clone().drop_guard();
+        let criu = criu.go().await?;
+        pages(
+            shell,
+            terms,
+            (runtime, criu),
+            lists,
+            own_memory,
+            &path,
+            &work,
+        )
+        .await
     };
+    let goes_on = async {
+        going.cancelled().await;
+        observer.observe(Event::GoesOn);
+    };
+    let (sent, ()) = futures::join!(sent, goes_on);
     let stood = match still {
         Some(still) => still.ended().await?,
         None => None,

@@ -116,7 +116,7 @@ async fn memory_rounds(migration: &mut Migration<'_>, most: usize) -> Result<()>
             migration.rounds.len(),
         )?;
         let shell = migration.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
-        let round = memory::round(shell, &terms).await?;
+        let round = memory::round(shell, &terms, migration.clock.observer).await?;
         tracing::debug!(?round, "memory was copied");
         migration.bytes_sent += round.bytes;
         migration.clock.observer.observe(Event::Sent {

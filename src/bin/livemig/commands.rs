@@ -469,14 +469,15 @@ async fn migrate(
     let mut progress = Progress::new(json);
     priority::stand_back();
     let mut observer = |event: Event| {
-        // From here on packets wait.
-        if matches!(
-            &event,
+        match &event {
+            // From here on packets wait.
             Event::Started {
-                phase: Phase::Freeze
-            } | Event::RollingBack { .. }
-        ) {
-            priority::step_forward();
+                phase: Phase::Freeze,
+            }
+            | Event::RollingBack { .. }
+            | Event::StandsStill => priority::step_forward(),
+            Event::GoesOn => priority::stand_back(),
+            _ => {}
         }
         #[cfg(debug_assertions)]
         let moment = event.clone();

@@ -2,7 +2,8 @@
 //!
 //! Until the container is frozen its own work comes first: what livemig prepares on a busy host must not
 //! make it late for what its peers send, for a socket holds a few milliseconds of a fast stream. Once
-//! packets wait, livemig's work is what everybody waits for.
+//! packets wait, or while the container stands still for a round of memory, livemig's work is what everybody
+//! waits for.
 
 use rustix::process::{Pid, setpriority_process};
 
