@@ -266,23 +266,48 @@ async fn nobody_waits_for_the_content_of_a_volume() {
     // 12 MiB take five seconds.
     lab::link::spoil(pair.lab().wan()).await;
     let moving = pair.spawn_migration("web", 1, 2, &["--engine", "direct"]);
-    let (content, container) = loop {
-        let there =
-            "s=$(stat -c %s /var/lib/containers/storage/volumes/big/_data/* 2>/dev/null || true)
-                     echo ${s:-0} $(podman ps -aq | wc -l)";
-        let there = h2.sh(there).await;
-        let (content, container) = there.text().split_once(' ').expect("two numbers");
-        let number = |text: &str| text.parse::<u64>().expect("a number");
-        if number(content) > 0 {
-            break (number(content), number(container));
-        }
-        tokio::time::sleep(lab::LOOK).await;
-    };
-    assert_eq!(container, 0, "{content} bytes, and a container");
+    assert_eq!(filling(h2).await, 0, "the container is made already");
     lab::link::mend(pair.lab().wan()).await;
     let moved = moving.finish().await;
     assert!(moved.status.success(), "{moved}");
     assert_eq!(h2.sh(digest).await.text(), before.text());
+    pair.down().await;
+}
+
+/// Waits until a part of the volume's content is there, and returns how many containers there are by then.
+async fn filling(host: &lab::Node) -> u64 {
+    loop {
+        let there =
+            "s=$(stat -c %s /var/lib/containers/storage/volumes/big/_data/* 2>/dev/null || true)
+             echo ${s:-0} $(podman ps -aq | wc -l)";
+        let there = host.sh(there).await;
+        let (content, containers) = there.text().split_once(' ').expect("two numbers");
+        if content != "0" {
+            return containers.parse().expect("a number");
+        }
+        tokio::time::sleep(lab::LOOK).await;
+    }
+}
+
+/// Volumes that were filled for a container of which Podman has not heard yet.
+#[tokio::test]
+async fn an_agent_that_dies_while_it_fills_a_volume_leaves_none() {
+    let mut pair = Pair::direct(Lab::builder(2)).await;
+    let (h1, h2) = (pair.host(1).clone(), pair.host(2).clone());
+    h1.run_workload("web", &["-v", "big:/big"], &["echo", "7000"])
+        .await;
+    h1.sh("head -c 12M /dev/urandom >$(podman volume inspect -f '{{.Mountpoint}}' big)/content")
+        .await;
+    lab::link::spoil(pair.lab().wan()).await;
+    let moving = pair.spawn_migration("web", 1, 2, &["--engine", "direct"]);
+    filling(&h2).await;
+    pair.replace_agent(2).await;
+    lab::link::mend(pair.lab().wan()).await;
+    let given_up = moving.finish().await;
+    assert!(!given_up.status.success(), "{given_up}");
+    assert_eq!(h1.container_state("web").await.as_deref(), Some("running"));
+    let left = h2.exec(&["podman", "volume", "ls", "-q"]).await;
+    assert_eq!(left.text(), "", "{left}");
     pair.down().await;
 }
 
