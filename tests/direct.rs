@@ -311,6 +311,25 @@ async fn an_agent_that_dies_while_it_fills_a_volume_leaves_none() {
     pair.down().await;
 }
 
+/// Podman fills a new volume from the image when it mounts it, if there is nothing in it.
+#[tokio::test]
+async fn what_was_removed_from_a_volume_does_not_come_back() {
+    let pair = Pair::direct(Lab::builder(2)).await;
+    let (h1, h2) = (pair.host(1), pair.host(2));
+    h1.run_workload("web", &["-v", "emptied:/data"], &["echo", "7000"])
+        .await;
+    let list = "cd $(podman volume inspect -f '{{.Mountpoint}}' emptied); ls -A";
+    let from_image = h1.sh(list).await;
+    assert_ne!(from_image.text(), "", "the image has something there");
+    h1.sh("cd $(podman volume inspect -f '{{.Mountpoint}}' emptied); find . -mindepth 1 -delete")
+        .await;
+    let report = pair.migrate("web", 1, 2).await;
+    assert_eq!(report["engine"], "direct", "{report}");
+    let left = h2.sh(list).await;
+    assert_eq!(left.text(), "", "{left}");
+    pair.down().await;
+}
+
 /// What only a made container has a place for has to come while Podman waits. If it does not, the container
 /// stays where it is.
 #[tokio::test]
