@@ -506,6 +506,17 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_with_more_in_it_than_it_may_have_is_refused() {
+        for (length, fits) in [(MAX_FRAME, true), (MAX_FRAME + 1, false)] {
+            let packed = zstd::bulk::compress(&vec![0; length], 1).expect("compressed");
+            let head = (packed.len() as u32 | COMPRESSED).to_be_bytes();
+            let (got, end) = received(&[&head[..], &packed].concat(), 1000, u64::MAX);
+            let refused = matches!(end, Err(Error::Malformed { .. }));
+            assert_eq!((got.len() == length, !refused), (fits, fits), "{end:?}");
+        }
+    }
+
+    #[test]
     fn data_behind_the_trailer_is_refused() {
         for compression in BOTH {
             let (mut wire, _) = sent(b"content", 7, compression);
