@@ -3,7 +3,7 @@
 //!
 //! Workloads (`workload.rs`) × engines (`engine.rs`), in turns: each round has one run of each, so that
 //! whatever else the machine does hits all of them. Each run has hosts of its own, freshly started, a
-//! fresh container, and one fresh connection with a request every 2 ms. A run in which the connection
+//! fresh container, and one fresh connection with a request every 1 ms. A run in which the connection
 //! does not go on, or a page of the container's memory is lost or old, fails the bench.
 //!
 //! - *gap*: the longest time in which the client heard nothing.

@@ -30,7 +30,7 @@ pub async fn measure(known: Known, workload: Workload, engine: Engine) -> Value 
     if workload != Workload::ECHO {
         until_it_listens(client, &address).await;
     }
-    let mut arguments = vec!["client-echo", &address, PORT, "--every-ms", "2"];
+    let mut arguments = vec!["client-echo", &address, PORT, "--every-ms", "1"];
     arguments.extend(["--grace-ms", GRACE_MS]);
     let connected = client.spawn(&arguments).await;
     tokio::time::sleep(SETTLE).await;

@@ -16,7 +16,8 @@ use rustix::net::sockopt;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::{Attributes, Body, Error, Message, Messages, Result, closing};
+use super::closing::ClosedElsewhere;
+use super::{Attributes, Body, Error, Message, Messages, Result};
 
 /// How long the kernel may take. It answers at once; this only turns a hang into an error.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -77,7 +78,7 @@ impl Request {
 
 /// A netlink socket on which one asks, and waits for the answer.
 pub struct Channel {
-    socket: NlSocket,
+    socket: ClosedElsewhere,
     sequence: u32,
     buffer: Vec<u8>,
 }
@@ -88,15 +89,6 @@ impl std::fmt::Debug for Channel {
             .field("fd", &self.socket.as_raw_fd())
             .field("sequence", &self.sequence)
             .finish_non_exhaustive()
-    }
-}
-
-impl Drop for Channel {
-    fn drop(&mut self) {
-        // The socket closes its own descriptor; what takes long is closing the last.
-        if let Ok(last) = self.as_fd().try_clone_to_owned() {
-            closing::elsewhere(last);
-        }
     }
 }
 
@@ -142,7 +134,7 @@ impl Channel {
         // have them; older ones do without.
         let _ = socket.enable_ext_ack(true);
         Ok(Channel {
-            socket,
+            socket: socket.into(),
             sequence: 0,
             buffer: vec![0; BUFFER],
         })
