@@ -264,6 +264,10 @@ pub enum Class {
     Interrupted,
 }
 
+/// What CRIU says when it has looked for the kernel's vDSO where it had asked for it, and the kernel had put it
+/// elsewhere: once in some hundred restores where it was seen.
+const MISPLACED_VDSO: &str = "vdso: Invalid ELF magic";
+
 impl Error {
     /// Whether Podman was asked for something and has not said what came of it.
     pub(crate) fn is_podmans_silence(&self) -> bool {
@@ -430,6 +434,11 @@ impl Error {
                 Some("`livemig ps` lists the containers of this host".to_owned())
             }
             Error::Podman(error) => error.hint(),
+            Error::Restore { reason, .. } if reason.contains(MISPLACED_VDSO) => Some(
+                "try again: CRIU before its pull request 3012 fails at this now and then, wherever the kernel \
+                 happens to put a page of its own"
+                    .to_owned(),
+            ),
             Error::Dump { .. } | Error::Restore { .. } => None,
             Error::Criu(error) => error.hint(),
             Error::Runtime(error) => error.hint(),
