@@ -45,6 +45,7 @@ with_both_engines!(
     a_signal_undoes_everything,
     the_agent_is_killed,
     a_crash_is_recovered_from,
+    a_crash_after_it_came_home_leaves_nothing,
     the_operator_keeps_it_at_the_source,
     the_operator_leaves_it_to_the_destination,
 );
@@ -411,6 +412,26 @@ async fn a_crash_is_recovered_from(engine: Engine) {
     assert_eq!(h1.container_state("web").await, None);
     assert_eq!(h2.container_state("web").await.as_deref(), Some("running"));
     scene.end(2).await;
+}
+
+/// The connections that have ended at home are forgotten where they came by, and with them the tunnel.
+async fn a_crash_after_it_came_home_leaves_nothing(engine: Engine) {
+    let scene = Scene::set(engine, Lab::builder(2)).await;
+    let more = ["--engine", engine.name()];
+    let away = scene.pair.try_migrate("web", 1, 2, &more).await;
+    assert!(away.status.success(), "{away}");
+    let h2 = scene.pair.host(2);
+    close(h2, "delete").await;
+    let home = scene.pair.spawn_migration("web", 2, 1, &more);
+    reached(h2, "delete").await;
+    home.kill().await;
+    open(h2, "delete").await;
+    let recovered = h2.exec(&["livemig", "--json", "recover"]).await;
+    let found = recovered.json();
+    assert_eq!(found[0]["finished"], true, "{recovered}");
+    assert_eq!(found[0]["leftovers"], serde_json::json!([]), "{recovered}");
+    scene.assert_untouched("crash after it came home").await;
+    scene.end(1).await;
 }
 
 /// A migration whose copy is about to be restored, and whose source has died.

@@ -1,17 +1,21 @@
 //! Finishing or undoing what an interrupted migration left on this host.
 
+use std::net::IpAddr;
+
 use serde::Serialize;
 
 use super::commit;
 use super::effect::{Asked, Effect};
 use super::event::Observer;
+use super::flows;
 use super::forwarding;
 use super::journal::{Journal, JournalError, left_behind, number_of};
 use super::lock::Lock;
 use super::preflight::{must_be_root, podman};
 use super::report::Leftover;
-use super::undo::{Hands, remove_staging, unwind};
+use super::undo::{Hands, leave_idle_hops, remove_staging, unwind};
 use crate::criu::State;
+use crate::tunnel::HopId;
 use crate::{Config, Error, Result};
 
 /// What became of one interrupted migration.
@@ -208,6 +212,10 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
                     note("the old container", Err(error.into()));
                 }
             },
+            Effect::Steered { addresses, hop } => note(
+                "the connections that went home",
+                forget_at_home(&hands.config, addresses, *hop).await,
+            ),
             Effect::Staging { directory } => {
                 note("the container's memory", remove_staging(directory))
             }
@@ -223,4 +231,13 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
         }
     }
     leftovers
+}
+
+/// Forgets the connections that had come by the hop to where the container is now: there they end where they
+/// began, and do not come here any more.
+async fn forget_at_home(config: &Config, addresses: &[IpAddr], hop: HopId) -> Result<()> {
+    let mut flows = flows::of(addresses).await?;
+    flows.retain(|flow| flow.came_by() == Some(hop) && flow.goes_by().is_none());
+    flows::forget(&flows).await?;
+    leave_idle_hops(config).await.map(|_| ())
 }

@@ -30,8 +30,9 @@ const WARM: u64 = 4;
 /// One datagram of so many may be lost where nothing was broken: on two processors that are busy with
 /// other things as well, one that is on its way through a tunnel comes later than a move waits for it.
 const LOST_AT_MOST: u64 = 1000;
-/// How much more memory it may have at the end, in KiB: less than 1 KiB for each of 200 migrations.
-const MORE_MEMORY: u64 = 2048;
+/// How much more memory it may have at the end, in KiB. The allocator takes and gives in steps: in 500 migrations
+/// the agent had between 30.0 and 32.2 MiB, and in the end as much as after a quarter.
+const MORE_MEMORY: u64 = 4096;
 /// How many more files.
 const MORE_FILES: u64 = 2;
 
