@@ -84,7 +84,9 @@ async fn serve_memory(migration: &mut Migration<'_>) -> Result<()> {
     let Nothing {} = told.await.map_err(Error::of_host(&migration.request.to))?;
     let (bytes, fetch) = served?;
     migration.bytes_sent += bytes;
-    migration.downtime.prolong(Part::Fetch, fetch);
+    if let Some(took) = fetch {
+        migration.downtime.prolong(Part::Fetch, took);
+    }
     Ok(())
 }
 

@@ -293,8 +293,8 @@ impl Serving {
     }
 
     /// Waits until the destination has all of it. Returns how many bytes that were, and for how long the
-    /// container had to look for what it needed at first.
-    pub async fn ended(self) -> Result<(u64, Duration)> {
+    /// container had to look for what it needed at first, if that can be told.
+    pub async fn ended(self) -> Result<(u64, Option<Duration>)> {
         let served = self.runtime.ended().await;
         self.passed_on.abort();
         served?;

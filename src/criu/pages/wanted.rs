@@ -47,15 +47,21 @@ impl FirstMoments {
         let _ = self.0.began.set(Instant::now());
     }
 
-    /// How long they have been.
-    pub fn took(&self) -> Duration {
+    /// How long they were; none if the container went on asking, so that nobody can tell from outside what
+    /// was for its answers and what for other work.
+    pub fn took(&self) -> Option<Duration> {
+        let took = self.so_far();
+        (took + QUIET <= LONGEST).then_some(took)
+    }
+
+    fn so_far(&self) -> Duration {
         Duration::from_nanos(self.0.last.load(Ordering::Relaxed))
     }
 
     /// Whether they are not over.
     fn last(&self) -> bool {
         let began = self.0.began.get();
-        began.is_none_or(|began| began.elapsed() < LONGEST.min(self.took() + QUIET))
+        began.is_none_or(|began| began.elapsed() < LONGEST.min(self.so_far() + QUIET))
     }
 
     /// The container waits for a page.
@@ -215,7 +221,7 @@ mod tests {
         moments.begin();
         assert_eq!(passed(Layout::Wide, &[1], moments.clone()).await, [1]);
         let took = moments.took();
-        assert!(took > Duration::ZERO && took < QUIET);
+        assert!(took > Some(Duration::ZERO) && took < Some(QUIET));
         std::thread::sleep(2 * QUIET);
         let late = passed(Layout::Wide, &[1000, 1, 3], moments.clone());
         assert_eq!(late.await, [1000, 1, 3]);
