@@ -29,7 +29,7 @@ pub(crate) enum Compression {
     #[default]
     Measured,
     /// Whenever they get shorter by it.
-    #[cfg(any(test, fuzzing))]
+    #[cfg(test)]
     Always,
 }
 
@@ -102,7 +102,7 @@ impl Packer {
     }
 
     fn pays(&mut self) -> bool {
-        #[cfg(any(test, fuzzing))]
+        #[cfg(test)]
         if self.when == Compression::Always {
             return true;
         }

@@ -33,7 +33,7 @@ mod walker;
 pub use apply::{Applied, Limits, Refusal, apply, persist};
 pub use changes::{Changes, Mirror, Round, Source, TreeId};
 pub use checksum::Checksum;
-#[cfg(any(test, fuzzing))]
+#[cfg(test)]
 pub(crate) use compression::Compression;
 pub use delta::{Delta, DeltaFile, Layers, Skipped, Summary};
 pub use error::Error;
@@ -41,7 +41,7 @@ pub use header::{beheaded, headed};
 pub use images::{images, write_images};
 pub use scan::Pace;
 pub use splice::{Captured, spliced, watched, without_volumes};
-#[cfg(any(test, fuzzing))]
+#[cfg(test)]
 pub(crate) use transfer::send_as;
 pub use transfer::{Progress, receive, send};
 
