@@ -19,6 +19,8 @@ pub mod relay;
 pub mod wanted;
 pub mod writer;
 
+use std::ops::Range;
+
 use super::{Error, Result, Version};
 
 /// The size of a page. (`PAGE_SIZE` of the architectures that CRIU runs on is 4 KiB in most kernels.)
@@ -57,6 +59,14 @@ impl Layout {
         command
     }
 
+    /// Where the number of pages is.
+    fn pages(self) -> Range<usize> {
+        match self {
+            Layout::Narrow => 4..8,
+            Layout::Wide => 8..16,
+        }
+    }
+
     /// How long a command is, in bytes.
     fn length(self) -> usize {
         match self {
@@ -65,6 +75,37 @@ impl Layout {
         }
     }
 }
+
+/// The parts of a command, as CRIU lays them out in either direction.
+struct Fields {
+    word: u16,
+    flags: u16,
+    pages: u64,
+    address: u64,
+    memory: u64,
+}
+
+impl Fields {
+    fn read(command: &[u8], layout: Layout) -> Option<Fields> {
+        let number = |at: Range<usize>| -> Option<u64> {
+            let part = command.get(at)?.iter().rev();
+            Some(part.fold(0, |number, byte| number << 8 | u64::from(*byte)))
+        };
+        let end = layout.length();
+        Some(Fields {
+            // 16 bits each.
+            word: number(0..2)? as u16,
+            flags: number(2..4)? as u16,
+            pages: number(layout.pages())?,
+            address: number(end - 16..end - 8)?,
+            memory: number(end - 8..end)?,
+        })
+    }
+}
+
+/// `PS_IOV_CLOSE` and `PS_IOV_FORCE_CLOSE`.
+const CLOSE: u16 = 0x1023;
+const FORCE_CLOSE: u16 = 0x1024;
 
 /// What a command says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -199,18 +240,16 @@ impl Memory {
 impl Command {
     /// Reads one; nothing if it is none that CRIU sends while it dumps.
     fn read(bytes: &[u8], layout: Layout) -> Option<Command> {
-        let number = |from: usize, length: usize| -> Option<u64> {
-            let part = bytes.get(from..from + length)?.iter().rev();
-            Some(part.fold(0, |number, byte| number << 8 | u64::from(*byte)))
-        };
-        let (command, flags) = (number(0, 2)?, number(2, 2)?);
-        let (pages, address, memory) = match layout {
-            Layout::Narrow => (number(4, 4)?, number(8, 8)?, number(16, 8)?),
-            Layout::Wide => (number(8, 8)?, number(16, 8)?, number(24, 8)?),
-        };
+        let Fields {
+            word,
+            flags,
+            pages,
+            address,
+            memory,
+        } = Fields::read(bytes, layout)?;
         let memory = Memory::read(memory);
-        // `PS_IOV_OPEN2`, `PS_IOV_PARENT`, `PS_IOV_ADD_F`, `PS_IOV_CLOSE`, `PS_IOV_FORCE_CLOSE`.
-        match command {
+        // `PS_IOV_OPEN2`, `PS_IOV_PARENT`, `PS_IOV_ADD_F`.
+        match word {
             4 => memory.map(Command::Open),
             5 => memory.map(Command::HasParent),
             6 if pages <= MOST_PAGES => Some(Command::Add(
@@ -218,11 +257,10 @@ impl Command {
                 Run {
                     address,
                     pages,
-                    // 16 bits.
-                    flags: flags as u32,
+                    flags: flags.into(),
                 },
             )),
-            0x1023 | 0x1024 => Some(Command::Close),
+            CLOSE | FORCE_CLOSE => Some(Command::Close),
             _ => None,
         }
     }

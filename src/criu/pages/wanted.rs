@@ -17,7 +17,7 @@ use bytes::{Bytes, BytesMut};
 use futures::Stream;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-use super::{Layout, MOST_PAGES};
+use super::{CLOSE, FORCE_CLOSE, Fields, Layout, MOST_PAGES};
 use crate::criu::{Error, Result};
 
 /// What a run is cut to: 16 pages, with which CRIU begins (`DEFAULT_XFER_LEN` in `criu/uffd.c`: 64 KiB).
@@ -59,14 +59,14 @@ impl FirstMoments {
     }
 
     /// Whether they are not over.
-    fn last(&self) -> bool {
+    fn go_on(&self) -> bool {
         let began = self.0.began.get();
         began.is_none_or(|began| began.elapsed() < LONGEST.min(self.so_far() + QUIET))
     }
 
     /// The container waits for a page.
     fn asked(&self) {
-        if let (Some(began), true) = (self.0.began.get(), self.last()) {
+        if let (Some(began), true) = (self.0.began.get(), self.go_on()) {
             // Less than a second.
             let since = began.elapsed().as_nanos() as u64;
             self.0.last.store(since, Ordering::Relaxed);
@@ -115,18 +115,20 @@ impl<S: AsyncRead + Unpin> Wanted<S> {
             };
         }
         let mut request = self.buffer.split_to(self.layout.length());
-        match self.layout.wanted(&request) {
-            Some(1) => self.moments.asked(),
-            Some(pages) if self.moments.last() => {
+        match Request::read(&request, self.layout) {
+            Some(Request::Pages(1)) => self.moments.asked(),
+            Some(Request::Pages(pages)) if self.moments.go_on() => {
                 let behind = tokio::time::timeout(PAUSE, self.has_one()).await;
                 let most = match behind.unwrap_or(Ok(false))? {
                     true => 1,
                     false => SHORT,
                 };
-                self.layout.want(&mut request, pages.min(most));
+                let place = self.layout.pages();
+                let fewer = pages.min(most).to_le_bytes();
+                // As many bytes as there were for more.
+                request[place.clone()].copy_from_slice(&fewer[..place.len()]);
             }
-            Some(_) => {}
-            None if self.layout.ends(&request) => {}
+            Some(Request::Pages(_) | Request::End) => {}
             None => return Err(Error::Pages("something else than pages is asked for")),
         }
         Ok(Some(request.freeze()))
@@ -144,40 +146,28 @@ impl<S: AsyncRead + Unpin> Wanted<S> {
     }
 }
 
-impl Layout {
-    /// `PS_IOV_GET` of `criu/page-xfer.c`.
-    const GET: u16 = 7;
-    /// `PS_IOV_CLOSE` and `PS_IOV_FORCE_CLOSE`.
-    const END: [u16; 2] = [0x1023, 0x1024];
-
-    /// How many pages a request wants, if that is what it wants.
-    fn wanted(self, request: &[u8]) -> Option<u64> {
-        let pages = match self {
-            Layout::Narrow => u64::from(u32::from_le_bytes(*request.get(4..)?.first_chunk()?)),
-            Layout::Wide => u64::from_le_bytes(*request.get(8..)?.first_chunk()?),
-        };
-        (word(request)? == Layout::GET && (1..=MOST_PAGES).contains(&pages)).then_some(pages)
-    }
-
-    /// Makes a request want so many, not more than it did.
-    fn want(self, request: &mut [u8], pages: u64) {
-        match self {
-            // As they fitted in before.
-            Layout::Narrow => request[4..8].copy_from_slice(&(pages as u32).to_le_bytes()),
-            Layout::Wide => request[8..16].copy_from_slice(&pages.to_le_bytes()),
-        }
-    }
-
-    /// Whether a request is the last one.
-    fn ends(self, request: &[u8]) -> bool {
-        word(request).is_some_and(|word| Layout::END.contains(&word))
-    }
+/// What is asked for.
+#[derive(Debug, PartialEq, Eq)]
+enum Request {
+    /// So many pages.
+    Pages(u64),
+    /// That there are no more requests.
+    End,
 }
 
-/// What a request is; the 16 bits beside it are flags, of which requests have none.
-fn word(request: &[u8]) -> Option<u16> {
-    let (word, rest) = request.split_first_chunk()?;
-    (rest.get(..2)? == [0, 0]).then_some(u16::from_le_bytes(*word))
+impl Request {
+    /// Reads one; nothing if it is something else.
+    fn read(request: &[u8], layout: Layout) -> Option<Request> {
+        let Fields {
+            word, flags, pages, ..
+        } = Fields::read(request, layout)?;
+        // `PS_IOV_GET` of `criu/page-xfer.c`. Requests have no flags.
+        match word {
+            7 if flags == 0 && (1..=MOST_PAGES).contains(&pages) => Some(Request::Pages(pages)),
+            CLOSE | FORCE_CLOSE if flags == 0 => Some(Request::End),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -191,6 +181,13 @@ mod tests {
 
     const BOTH: [Layout; 2] = [Layout::Narrow, Layout::Wide];
 
+    fn pages_of(request: &[u8], layout: Layout) -> Option<u64> {
+        match Request::read(request, layout)? {
+            Request::Pages(pages) => Some(pages),
+            Request::End => None,
+        }
+    }
+
     fn get(layout: Layout, pages: u64) -> Vec<u8> {
         command(layout, 7, pages, 0x1000, 1 << 8 | 1)
     }
@@ -202,7 +199,7 @@ mod tests {
             .flat_map(|pages| get(layout, *pages))
             .collect();
         let passed = requests(stream.as_slice(), layout, moments);
-        let read = async |request: Bytes| Ok(layout.wanted(&request).unwrap());
+        let read = async |request: Bytes| Ok(pages_of(&request, layout).unwrap());
         passed.and_then(read).try_collect().await.unwrap()
     }
 
@@ -237,9 +234,9 @@ mod tests {
         // The run is looked at first.
         let asks = async { destination.write_all(&get(layout, 1)).await.unwrap() };
         let (run, ()) = futures::join!(passed.next(), asks);
-        assert_eq!(layout.wanted(&run.unwrap().unwrap()), Some(1));
+        assert_eq!(pages_of(&run.unwrap().unwrap(), layout), Some(1));
         let page = passed.next().await.unwrap().unwrap();
-        assert_eq!(layout.wanted(&page), Some(1));
+        assert_eq!(pages_of(&page, layout), Some(1));
     }
 
     proptest! {
@@ -252,7 +249,7 @@ mod tests {
                 let moments = FirstMoments::default();
                 let passed: Vec<_> = runtime.block_on(requests(stream.as_slice(), layout, moments).collect());
                 for request in passed.into_iter().flatten() {
-                    prop_assert!(layout.wanted(&request).is_some() || layout.ends(&request));
+                    prop_assert!(Request::read(&request, layout).is_some());
                     prop_assert_eq!(request.len(), layout.length());
                 }
             }
