@@ -26,11 +26,6 @@ const LISTED: &[(&str, usize, &str)] = &[
         "a descriptor that the runtime leaves open for CRIU, and says the number of",
     ),
     (
-        "runtime/thaw.rs",
-        1,
-        "tokio's promise, for a process whose end is waited for",
-    ),
-    (
         "tunnel/device/tun.rs",
         3,
         "two ioctl(2) that make a tun, for which there is no other call, and tokio's promise again",

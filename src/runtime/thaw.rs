@@ -15,9 +15,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{ExitCode, Stdio};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tokio::io::unix::AsyncFd;
 use tokio::process::{Child, ChildStdin};
 
 use super::setup::own_program;
@@ -116,20 +116,17 @@ fn wait_and_thaw(mut open: impl Read, criu: u32, freezer: &Freezer) -> io::Resul
     };
     // Nobody writes anything: that there is no more to read is all.
     let waited = io::copy(&mut open, &mut io::sink()).map(|_| ());
-    let ended = criu.map_or(Ok(()), ended);
+    let ended = criu.as_ref().map_or(Ok(()), ended);
     // Also where it could not be waited for.
     freezer.thaw().map_err(io::Error::other)?;
     waited.and(ended)
 }
 
 /// Waits until this process has ended: its descriptor can be read from then on (pidfd_open(2)).
-fn ended(process: OwnedFd) -> io::Result<()> {
-    let mut runtime = tokio::runtime::Builder::new_current_thread();
-    runtime.enable_io().build()?.block_on(async {
-        // SAFETY: the value owns its descriptor, and nothing here closes or replaces it.
-        let process = unsafe { AsyncFd::register(process) }?;
-        process.readable().await.map(|_| ())
-    })
+fn ended(process: &OwnedFd) -> io::Result<()> {
+    let mut process = [PollFd::new(process, PollFlags::IN)];
+    rustix::io::retry_on_intr(|| poll(&mut process, None))?;
+    Ok(())
 }
 
 #[cfg(test)]
