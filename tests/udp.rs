@@ -4,6 +4,7 @@ mod lab;
 
 use std::time::Duration;
 
+use lab::Workload;
 use lab::pair::{self, Pair};
 use serde_json::Value;
 
@@ -14,6 +15,16 @@ const RATE: &str = "1000";
 const SECONDS: &str = "8";
 /// What goes wrong with a datagram.
 const WRONGS: [&str; 3] = ["lost", "duplicated", "reordered"];
+
+/// A container on the first host that answers datagrams, and somebody who sends them.
+async fn echoed(pair: &Pair) -> Workload {
+    let h1 = pair.host(1);
+    h1.run_workload("web", &["-p", "7000:7000/udp"], &["udp-echo", PORT])
+        .await;
+    let ip = h1.ip();
+    let client = ["client-udp", &ip, PORT, "--rate", RATE, "--mode", "echo"];
+    pair.client(1).spawn(&client).await
+}
 
 /// What became of the datagrams while nothing moved, while the container moved, and afterwards; and
 /// the report of the migration. Nothing if the migration took longer than the second run.
@@ -124,12 +135,8 @@ async fn a_stream_of_datagrams_arrives_whole_and_in_order() {
 #[tokio::test]
 async fn a_move_that_cannot_hold_what_comes_is_given_up_if_that_is_wanted() {
     let pair = Pair::up().await;
-    let (h1, c1) = (pair.host(1), pair.client(1));
-    h1.run_workload("web", &["-p", "7000:7000/udp"], &["udp-echo", PORT])
-        .await;
-    let ip = h1.ip();
-    let client = ["client-udp", &ip, PORT, "--rate", RATE, "--mode", "echo"];
-    let client = c1.spawn(&client).await;
+    let h1 = pair.host(1);
+    let client = echoed(&pair).await;
     let few = ["--when-full", "give-up", "--hold-packets", "100"];
     let given_up = pair.try_migrate("web", 1, 2, &few).await;
     assert_eq!(given_up.status.code(), Some(5), "{given_up}");
@@ -206,12 +213,8 @@ async fn what_is_late_on_its_way_to_a_container_that_comes_home_arrives() {
     /// rate (500 packets).
     const LATE: Duration = Duration::from_millis(200);
     let pair = Pair::up().await;
-    let (h1, c1) = (pair.host(1), pair.client(1));
-    h1.run_workload("web", &["-p", "7000:7000/udp"], &["udp-echo", PORT])
-        .await;
-    let ip = h1.ip();
-    let client = ["client-udp", &ip, PORT, "--rate", RATE, "--mode", "echo"];
-    let client = c1.spawn(&client).await;
+    let h1 = pair.host(1);
+    let client = echoed(&pair).await;
     let there = pair.migrate("web", 1, 2).await;
     pair.assert_moved("web", 1, 2, &there).await;
 

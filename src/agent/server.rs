@@ -762,7 +762,7 @@ pub(super) struct NextKey {
 }
 
 /// The peer that has shown this key. The first use of a new one ends the old one.
-async fn peer_with(trust: &Trust, key: Fingerprint) -> Result<Option<Peer>> {
+async fn peer_with(trust: &Trust, key: Fingerprint) -> Result<Option<Peer>, Refusal> {
     let peer = trust.peers.by_fingerprint(key)?;
     if peer.as_ref().is_none_or(|peer| peer.next != Some(key)) {
         return Ok(peer);
@@ -796,18 +796,24 @@ async fn will_have(trust: &Trust, key: Fingerprint, ask: NextKey) -> Reply {
 /// Work on files that are written and synced.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
+) -> Result<T, Refusal> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
+        Ok(done) => Ok(done?),
+        Err(error) => {
+            tracing::error!(%error, "a request was not worked out to its end");
+            Err(Refusal::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "internal",
+                "the agent failed; its log says why",
+            ))
+        }
     }
 }
 
 /// Makes a caller a peer, if he was invited.
 async fn admit(trust: &Trust, fingerprint: Fingerprint, ask: Join) -> Reply {
     let (trust, name) = (trust.clone(), ask.name.clone());
-    // Several files are written and synced.
-    let added = tokio::task::spawn_blocking(move || {
+    let own = blocking(move || {
         // Nor does this host's key go while another gets to know it: that takes the invitation with it.
         let _key_in_use = store::lock_shared_waiting(trust.identity.directory())?;
         trust.invites.check(&ask.secret)?;
@@ -817,19 +823,9 @@ async fn admit(trust: &Trust, fingerprint: Fingerprint, ask: Join) -> Reply {
         trust
             .peers
             .add(&Peer::new(ask.name, ask.address, fingerprint))?;
-        Ok::<_, Error>(trust.name)
-    });
-    let own = match added.await {
-        Ok(added) => added?,
-        Err(error) => {
-            tracing::error!(%error, "a request to join was not worked out to its end");
-            return Err(Refusal::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "internal",
-                "the agent failed; its log says why",
-            ));
-        }
-    };
+        Ok(trust.name)
+    })
+    .await?;
     tracing::info!(%name, %fingerprint, "a host has joined");
     reply::json(&Joined { name: own })
 }

@@ -6,6 +6,7 @@
 //!
 //! Sources: CRIU `images/stats.proto`, `criu/stats.c`, and `STATS_MAGIC` in `criu/include/magic.h`.
 
+use std::path::Path;
 use std::time::Duration;
 
 use prost::Message;
@@ -58,15 +59,22 @@ pub struct RestoreStats {
 }
 
 impl DumpStats {
+    /// What a CRIU that has dumped says in its working directory, if it has said anything that can be read.
+    pub fn of(work: &Path) -> Option<DumpStats> {
+        let content = std::fs::read(work.join(DumpStats::IMAGE)).ok()?;
+        DumpStats::parse(&content).ok()
+    }
+
+    const IMAGE: &str = "stats-dump";
+
     /// Reads the content of `stats-dump`.
     ///
     /// # Errors
     /// [`Error::Image`] if it is not that.
     pub fn parse(bytes: &[u8]) -> Result<DumpStats> {
-        const IMAGE: &str = "stats-dump";
-        let entry = parse(IMAGE, bytes)?;
+        let entry = parse(DumpStats::IMAGE, bytes)?;
         let dump = entry.dump.ok_or_else(|| Error::Image {
-            image: IMAGE,
+            image: DumpStats::IMAGE,
             what: "it has no statistics of a dump".into(),
         })?;
         Ok(DumpStats {

@@ -214,9 +214,7 @@ impl Still {
 
 /// How long the container stood still in a round in which CRIU stopped it, by its own account.
 fn standstill(work: &Path) -> Option<Duration> {
-    let statistics = std::fs::read(work.join("stats-dump")).ok()?;
-    let statistics = DumpStats::parse(&statistics).ok()?;
-    Some(statistics.freezing + statistics.frozen)
+    DumpStats::of(work).map(|statistics| statistics.freezing + statistics.frozen)
 }
 
 /// Where an earlier round is, seen from a later one or from the last images (`--parent-path` in criu(8)).

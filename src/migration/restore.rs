@@ -79,12 +79,13 @@ pub(super) async fn restore(migration: &mut Migration<'_>) -> Result<()> {
     let bytes = stream.progress.wire();
     migration.bytes_frozen += bytes;
     migration.bytes_sent += migration.bytes_frozen;
-    let statistics = match (&stream.captured, &migration.shell) {
-        (Some(captured), _) => captured.get(STATS_DUMP),
-        (None, Some(shell)) => std::fs::read(shell.work.join(STATS_DUMP)).ok(),
+    migration.dump = match (&stream.captured, &migration.shell) {
+        (Some(captured), _) => captured
+            .get(STATS_DUMP)
+            .and_then(|content| DumpStats::parse(&content).ok()),
+        (None, Some(shell)) => DumpStats::of(&shell.work),
         (None, None) => None,
     };
-    migration.dump = statistics.and_then(|image| DumpStats::parse(&image).ok());
     migration.clock.observer.observe(Event::Sent {
         what: Cargo::Container,
         bytes,
