@@ -249,6 +249,9 @@ pub struct Held {
     /// migration's number follows it.
     #[serde(default)]
     pub marked: bool,
+    /// For how long it has waited when this is said.
+    #[serde(default)]
+    pub waited: Duration,
 }
 
 /// The first frame of a restore: what has to be known before the container runs.

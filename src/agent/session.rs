@@ -15,6 +15,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
+use tokio::task::JoinHandle;
 
 use super::memory::Memory;
 use super::paths::Paths;
@@ -22,7 +23,7 @@ use super::protocol::{Assessment, MigrationId, Nothing, Offer, Prepare, Running,
 use super::shell::Shell;
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::conntrack::hold::{Hold, Intake};
-use crate::migration::{self, Journal};
+use crate::migration::{self, Away, Journal};
 use crate::netlink::Namespace;
 use crate::podman::{Client, HostInfo};
 use crate::tunnel::HopId;
@@ -65,6 +66,8 @@ struct Session {
     heard_of: Instant,
     /// The hop by which connections of this container left this host: it comes home.
     away: Option<HopId>,
+    /// Which connections these are, once they wait here.
+    connections: Option<JoinHandle<Result<Away, Error>>>,
     /// What keeps their packets until the source lets go.
     hold: Option<Hold>,
     /// The container without its processes, with the direct engine.

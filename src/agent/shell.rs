@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 
 use super::memory::Memory;
 use crate::bundle::{self, Limits, TreeId};
+use crate::criu::joining::Joining;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::{
     Arrived, CriuOption, Invocation, OnStandby, Outcome, Rendezvous, Standby, Verb,
@@ -39,6 +40,8 @@ pub(super) struct Shell {
     runtime: Option<Arrived>,
     /// The same, with a CRIU that waits for the word.
     standby: Option<OnItsMark>,
+    /// From then on, until the container runs.
+    joining: Option<Joining>,
     /// Podman's own account of the restore.
     restoring: JoinHandle<podman::Result<Restored>>,
     /// Whether Podman has died, or given up.
@@ -104,6 +107,7 @@ impl Shell {
                     trees: Trees::of(runtime.invocation())?,
                     runtime: Some(runtime),
                     standby: None,
+                    joining: None,
                     post_copy,
                     source: None,
                     fetching: None,
@@ -185,6 +189,7 @@ impl Shell {
             runtime,
             criu,
         });
+        self.joining = Some(Joining::without_waiting());
         Ok(())
     }
 
@@ -205,8 +210,10 @@ impl Shell {
             criu,
         } = standby.ok_or(Error::OutOfOrder("runtime on standby"))?;
         let went = criu.go().await;
+        let outcome = runtime.await;
+        drop(self.joining.take());
         // If CRIU has gone, its runtime says why.
-        match joined(runtime.await)? {
+        match joined(outcome)? {
             Outcome {
                 success: true,
                 pid: Some(pid),
@@ -337,6 +344,7 @@ impl Shell {
         // The wrapper notices, fails, and so does what Podman was asked for.
         drop(self.runtime.take());
         drop(self.standby.take());
+        drop(self.joining.take());
         if tokio::time::timeout(self.last_words, &mut self.restoring)
             .await
             .is_err()

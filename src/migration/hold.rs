@@ -109,17 +109,13 @@ pub(super) async fn hold(migration: &mut Migration<'_>) -> Result<()> {
             .ok_or(Error::OutOfOrder("hold"))?;
         hold.hold_newcomers()?;
         drainage.opening().await?;
-        let begun = Instant::now();
-        if migration.comes_home {
-            home::hold_there(
-                config,
-                &mut migration.connection,
-                &migration.id,
-                hop,
-                &migration.request.to,
-            )
-            .await?;
-        }
+        let begun = match migration.comes_home {
+            true => {
+                let (connection, id) = (&mut migration.connection, &migration.id);
+                home::hold_there(config, connection, id, hop, &migration.request.to).await?
+            }
+            false => Instant::now(),
+        };
         hold.hold_all()?;
         migration.downtime.begin(begun);
     } else {

@@ -41,27 +41,39 @@ pub(crate) async fn came_from_here(addresses: &[IpAddr]) -> Result<Option<HopId>
     Ok(flows.iter().find_map(Flow::goes_by))
 }
 
-/// Points those of `arriving` at this host again that it has sent away, and returns which they are,
-/// by their places in the list.
-pub(crate) async fn welcome(addresses: &[IpAddr], arriving: &[Flow]) -> Result<Vec<usize>> {
-    let away: HashMap<Tuple, Flow> = flows::of(addresses)
-        .await?
-        .into_iter()
-        .filter(|flow| flow.goes_by().is_some())
-        .map(|flow| (flow.seen, flow))
-        .collect();
-    let (mut places, mut marks) = (Vec::new(), Vec::new());
-    for (place, flow) in arriving.iter().enumerate() {
-        if let Some(known) = away.get(&flow.seen) {
-            places.push(place);
-            marks.push(known.steered(None));
-        }
+/// The connections of a container that this host has sent away, by what peers see of them.
+#[derive(Debug, Default)]
+pub(crate) struct Away(HashMap<Tuple, Flow>);
+
+impl Away {
+    /// Those of a container with these addresses. This takes as long as the kernel's whole table is large
+    /// (3 ms for each direction of 262,144 buckets), so it is best done while something else is waited for.
+    pub async fn of(addresses: &[IpAddr]) -> Result<Away> {
+        let flows = flows::of(addresses).await?.into_iter();
+        let away = flows.filter(|flow| flow.goes_by().is_some());
+        Ok(Away(away.map(|flow| (flow.seen, flow)).collect()))
     }
-    flows::mark_all(marks).await?;
-    Ok(places)
+
+    /// Whether all of them go by this hop.
+    pub fn all_by(&self, hop: HopId) -> bool {
+        self.0.values().all(|flow| flow.goes_by() == Some(hop))
+    }
+
+    /// Points those of `arriving` at this host again, and returns which they are, by their places in the list.
+    pub async fn welcome(&self, arriving: &[Flow]) -> Result<Vec<usize>> {
+        let (mut places, mut marks) = (Vec::new(), Vec::new());
+        for (place, flow) in arriving.iter().enumerate() {
+            if let Some(known) = self.0.get(&flow.seen) {
+                places.push(place);
+                marks.push(known.steered(None));
+            }
+        }
+        flows::mark_all(marks).await?;
+        Ok(places)
+    }
 }
 
-/// Undoes [`welcome`]: what ends at this host goes after the container again.
+/// Undoes [`Away::welcome`]: what ends at this host goes after the container again.
 ///
 /// Nothing but connections that were sent away can be meant. While the container is elsewhere, those
 /// that are not are the ones that were entered for its arrival; they are deleted before.
@@ -72,17 +84,8 @@ pub(crate) async fn send_away(addresses: &[IpAddr], hop: HopId) -> Result<()> {
 }
 
 /// At the destination, which lets nothing more pass for the container: sends a mark after what it has let
-/// pass, if all of that went into this hop. Says whether it did.
-pub(crate) async fn mark_end(
-    config: &Config,
-    addresses: &[IpAddr],
-    hop: HopId,
-    migration: &MigrationId,
-) -> Result<bool> {
-    let flows = flows::of(addresses).await?;
-    if !flows.iter().filter_map(Flow::goes_by).all(|by| by == hop) {
-        return Ok(false);
-    }
+/// pass, all of which went into this hop. Says whether it did.
+pub(crate) async fn mark_end(config: &Config, hop: HopId, migration: &MigrationId) -> bool {
     let long = config.in_flight_timeout;
     // What has passed the switch may not have reached the hop yet.
     let (mut under_way, began) = (Backlog::begin(), Instant::now());
@@ -93,13 +96,13 @@ pub(crate) async fn mark_end(
     let sent = tunnels.send_mark(hop, migration.as_str(), long);
     if let Err(error) = sent.await {
         tracing::warn!(%error, "no mark follows what went into the hop");
-        return Ok(false);
+        return false;
     }
-    Ok(true)
+    true
 }
 
 /// Has the destination hold what comes for the container on the connections that it knows, and waits
-/// until what it had let pass before has arrived here.
+/// until what it had let pass before has arrived here. Returns since when it holds.
 ///
 /// What comes later meets the hold of this host, is let go when the container is elsewhere, and is lost.
 pub(super) async fn hold_there(
@@ -108,17 +111,19 @@ pub(super) async fn hold_there(
     migration: &MigrationId,
     hop: HopId,
     name: &str,
-) -> Result<()> {
+) -> Result<Instant> {
     let path = format!("/v1/migrations/{migration}/hold");
     // Where the kernel has no such sockets (CONFIG_PACKET), it is waited for as long as it takes as a rule.
     let last = tunnels(config)
         .await_mark(hop, migration.as_str())
         .inspect_err(|error| tracing::warn!(%error, "it cannot be seen when the hop has run empty"))
         .ok();
-    let Held { marked } = destination
+    let asked = Instant::now();
+    let Held { marked, waited } = destination
         .call(Method::POST, &path, &Nothing {})
         .await
         .map_err(Error::of_host(name))?;
+    let since = asked + asked.elapsed().saturating_sub(waited);
     match last.filter(|_| marked) {
         None => tokio::time::sleep(ON_ITS_WAY).await,
         Some(last) => {
@@ -127,7 +132,7 @@ pub(super) async fn hold_there(
             }
         }
     }
-    Ok(())
+    Ok(since)
 }
 
 /// Has the destination let its connections go.

@@ -65,7 +65,7 @@ pub(crate) use forwarding::{
     of as forwarding_of, redirected,
 };
 pub use forwarding::{forwardings, stop_forwarding};
-pub(crate) use home::{ON_ITS_WAY, came_from_here, mark_end, welcome};
+pub(crate) use home::{Away, ON_ITS_WAY, came_from_here, mark_end};
 pub(crate) use hop::{
     answer_verify, connect as connect_hop, open as open_hop, peer_of, tunnels, verify as verify_hop,
 };

@@ -20,7 +20,8 @@ use crate::bundle;
 use crate::bundle::vetted::{Documents, Verdict, vetted};
 use crate::conntrack::hold::{HoldSpec, Intake, Pace, Reserved, Side, To};
 use crate::conntrack::{self, Flow, Gate, Protocol, Table};
-use crate::migration::{self, Effect, Journal};
+use crate::criu::joining::Joining;
+use crate::migration::{self, Away, Effect, Journal};
 use crate::netlink::Namespace;
 use crate::podman::{self, Container, ContainerId, FailureLog, RestoreOptions, failure_log};
 use crate::tunnel;
@@ -51,6 +52,7 @@ impl Sessions {
             journal,
             heard_of: Instant::now(),
             away: None,
+            connections: None,
             hold: None,
             shell: None,
             memory: None,
@@ -163,11 +165,18 @@ impl Sessions {
             .journal
             .will([Effect::Hold { spec: spec.clone() }])?;
         let mut hold = reserved.prepare(spec).await?;
-        hold.hold_all()?;
-        session.hold = Some(hold);
         let hop = session.hop.ok_or(Error::OutOfOrder("hop"))?;
-        let marked = migration::mark_end(&self.config, &addresses, hop, id).await?;
-        Ok(Held { marked })
+        let by_this_hop = Away::of(&addresses).await?.all_by(hop);
+        hold.hold_all()?;
+        let began = Instant::now();
+        session.hold = Some(hold);
+        let marked = by_this_hop && migration::mark_end(&self.config, hop, id).await;
+        // While the source takes the container's state.
+        session.connections = Some(tokio::spawn(async move { Away::of(&addresses).await }));
+        Ok(Held {
+            marked,
+            waited: began.elapsed(),
+        })
     }
 
     /// Lets go what was held: the source has let go of its own.
@@ -313,10 +322,14 @@ impl Sessions {
         }
         session.journal.will(effects)?;
         let began = Instant::now();
-        let home = match session.away {
-            Some(_) => migration::welcome(&addresses, &flows).await?,
-            None => Vec::new(),
+        let away = match (session.connections.take(), session.away) {
+            (Some(reading), _) => reading
+                .await
+                .map_err(|_| Error::OutOfOrder("connections"))??,
+            (None, Some(_)) => Away::of(&addresses).await?,
+            (None, None) => Away::default(),
         };
+        let home = away.welcome(&flows).await?;
         let table = Table::open(&Namespace::current()?)?;
         let arriving = flows.iter().enumerate();
         let entries = arriving
@@ -393,9 +406,11 @@ impl Sessions {
         let archive = archive.inspect(move |_| {
             *end.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         });
+        let joining = Joining::without_waiting();
         // Both run to their ends: what one of them has made is undone only when it is there.
         let (restored, intake) =
             futures::join!(self.podman.restore(archive, &options), start(intake));
+        drop(joining);
         session.intake = intake?;
         if let (Err(_), Some(what)) = (&restored, verdict.reason()) {
             // Podman has not had all of it, and so has made nothing of it.
