@@ -102,7 +102,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Address, Fingerprint, PeerName};
 use crate::conntrack::{Flow, Tuple};
-use crate::criu::{Features, Finding};
+use crate::criu::{Features, Finding, Version};
 use crate::podman::{Container, ContainerId, HostInfo, Network};
 use crate::tunnel;
 
@@ -215,6 +215,9 @@ pub struct Assessment {
     /// How much memory can be taken there at once, in bytes.
     #[serde(default)]
     pub room: u64,
+    /// The version of the CRIU there, if it can fetch memory after a restore.
+    #[serde(default)]
+    pub fetches: Option<Version>,
 }
 
 /// Get ready for it.
@@ -277,6 +280,14 @@ pub struct Running {
     /// Which of the flows were known there and end there again, by their places in the list.
     #[serde(default)]
     pub home: Vec<usize>,
+}
+
+/// All of a container's memory has been fetched.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Fetched {
+    /// How long after it ran it answered for the first time, as far as that could be seen.
+    #[serde(default)]
+    pub answered: Option<Duration>,
 }
 
 /// A host, as another one knows it.

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -19,7 +19,9 @@ use tokio::task::JoinHandle;
 
 use super::memory::Memory;
 use super::paths::Paths;
-use super::protocol::{Assessment, MigrationId, Nothing, Offer, Prepare, Running, Stage, Status};
+use super::protocol::{
+    Assessment, Fetched, MigrationId, Nothing, Offer, Prepare, Running, Stage, Status,
+};
 use super::shell::Shell;
 use super::{Body, Caller, Fingerprint, Handler, Permission, Refusal, Reply, reply};
 use crate::conntrack::hold::{Hold, Intake};
@@ -29,6 +31,7 @@ use crate::podman::{Client, HostInfo};
 use crate::tunnel::HopId;
 use crate::{Class, Config, Error};
 
+mod answer;
 mod arrival;
 mod direct;
 mod end;
@@ -78,6 +81,8 @@ struct Session {
     post_copy: bool,
     /// Where the container's volumes are here, by name.
     volumes: BTreeMap<String, PathBuf>,
+    /// When it answers, with post-copy.
+    answer: Option<JoinHandle<Option<Duration>>>,
     /// The network namespace of the container that runs.
     namespace: Option<Namespace>,
     /// Where datagrams wait for the container, until the source has let go of all of them.
@@ -158,7 +163,7 @@ impl Sessions {
             (&Method::POST, ["v1", "migrations", id, "lazy"]) => {
                 let (_, session) = self.find(&caller, id)?;
                 let memory = direct::fetched(&mut *session.lock().await, body);
-                memory.or_else(|error| said::<Nothing>(Err(error)))
+                memory.or_else(|error| said::<Fetched>(Err(error)))
             }
             (&Method::POST, ["v1", "migrations", id, "fetched"]) => {
                 let (_, session) = self.find(&caller, id)?;

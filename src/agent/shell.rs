@@ -19,11 +19,13 @@ use rustix::process::{
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::memory::Memory;
 use crate::bundle::{self, Limits, TreeId};
 use crate::criu::joining::Joining;
+use crate::criu::pages::fetch::{Ahead, FirstMoments};
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::{
     Arrived, CriuOption, Invocation, OnStandby, Outcome, Rendezvous, Standby, Verb,
@@ -51,12 +53,22 @@ pub(super) struct Shell {
     /// Whether memory is fetched when the container runs.
     post_copy: bool,
     /// Where the memory comes from then.
-    source: Option<UnixStream>,
+    source: Option<Source>,
+    moments: FirstMoments,
     /// What fetches it.
     fetching: Option<JoinHandle<Result<(), Error>>>,
     trees: Trees,
     images: PathBuf,
     work: PathBuf,
+}
+
+/// Where a container's memory comes from when it runs.
+#[derive(Debug)]
+struct Source {
+    /// What CRIU is given to read it from.
+    criu: UnixStream,
+    /// Who waits to hear what goes ahead.
+    ahead: oneshot::Sender<Ahead>,
 }
 
 /// A runtime that has come as far as it can without images.
@@ -110,6 +122,7 @@ impl Shell {
                     joining: None,
                     post_copy,
                     source: None,
+                    moments: FirstMoments::default(),
                     fetching: None,
                     restoring,
                     deserted,
@@ -239,27 +252,36 @@ impl Shell {
         Ok(())
     }
 
-    /// Opens the way by which memory comes from the source: what is written there is what the source sends,
-    /// and what is read is what the container wants.
+    /// Opens the way by which memory comes to CRIU, which asks for it there. What is to be fetched ahead is told
+    /// when the container is about to be restored.
     ///
     /// # Errors
     /// [`Error::OutOfOrder`] where none is wanted; when the system has no sockets left.
-    pub fn source(&mut self) -> Result<UnixStream, Error> {
+    pub fn source(&mut self) -> Result<(UnixStream, oneshot::Receiver<Ahead>), Error> {
         if !self.post_copy || self.source.is_some() || self.fetching.is_some() {
             return Err(Error::OutOfOrder("post-copy"));
         }
         let (ours, criu) = UnixStream::pair().map_err(crate::criu::Error::Relay)?;
-        self.source = Some(criu);
-        Ok(ours)
+        let (ahead, told) = oneshot::channel();
+        self.source = Some(Source { criu, ahead });
+        Ok((ours, told))
+    }
+
+    /// When the container finds what it needs at first.
+    pub fn moments(&self) -> &FirstMoments {
+        &self.moments
     }
 
     /// Starts what gives the container its memory (criu(8), `lazy-pages`), and waits until it is ready.
-    async fn fetch(&self, source: UnixStream) -> Result<Child, Error> {
+    async fn fetch(&self, Source { criu, ahead }: Source) -> Result<Child, Error> {
+        let images = self.images.clone();
+        // While CRIU starts. If nobody waits for it any more, the memory will not come, which CRIU will say.
+        tokio::task::spawn_blocking(move || ahead.send(Ahead::of(&images)));
         let start = |source| runtime::Error::Start {
             program: "criu".into(),
             source,
         };
-        let source = source.into_std().map_err(start)?;
+        let source = criu.into_std().map_err(start)?;
         // CRIU waits for what it reads.
         source.set_nonblocking(false).map_err(start)?;
         let mut criu = Command::new("criu")

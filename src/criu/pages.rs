@@ -13,8 +13,11 @@
 //! come the pages. CRIU waits for an answer after opening, after asking for a parent, and at the end; the
 //! relay gives it, so none has to cross.
 //!
-//! With post-copy the memory stays where it is until it is wanted ([`wanted`]).
+//! With post-copy the memory stays where it is until it is wanted: see [`fetch`], and [`wanted`] for the
+//! other end.
 
+pub mod fetch;
+mod pagemap;
 pub mod relay;
 pub mod wanted;
 pub mod writer;
@@ -51,11 +54,36 @@ impl Layout {
 
     /// The question whether the memory of process 0, which there is none of, has a parent.
     fn has_parent(self) -> Vec<u8> {
-        const HAS_PARENT: u8 = 5;
-        const OF_A_PROCESS: u8 = 1;
+        let nothing = Run {
+            address: 0,
+            pages: 0,
+            flags: 0,
+        };
+        self.command(HAS_PARENT, OF_A_PROCESS, nothing)
+    }
+
+    /// The question for a run of pages of a process. In questions and answers, other than in what CRIU sends
+    /// while it dumps, the number of the process is all that there is of the memory (`request_remote_pages`).
+    fn get(self, process: u64, run: Run) -> Vec<u8> {
+        self.command(GET, process, Run { flags: 0, ..run })
+    }
+
+    /// What goes before the pages in an answer to that.
+    fn add(self, process: u64, run: Run) -> Vec<u8> {
+        self.command(ADD, process, run)
+    }
+
+    fn command(self, word: u16, memory: u64, run: Run) -> Vec<u8> {
         let mut command = vec![0; self.length()];
-        command[0] = HAS_PARENT;
-        command[self.length() - 8] = OF_A_PROCESS;
+        command[..2].copy_from_slice(&word.to_le_bytes());
+        // 16 bits.
+        command[2..4].copy_from_slice(&(run.flags as u16).to_le_bytes());
+        let place = self.pages();
+        let pages = run.pages.to_le_bytes();
+        command[place.clone()].copy_from_slice(&pages[..place.len()]);
+        let end = self.length();
+        command[end - 16..end - 8].copy_from_slice(&run.address.to_le_bytes());
+        command[end - 8..].copy_from_slice(&memory.to_le_bytes());
         command
     }
 
@@ -103,6 +131,14 @@ impl Fields {
     }
 }
 
+/// `PS_IOV_OPEN2`, `PS_IOV_PARENT`, `PS_IOV_ADD_F` and `PS_IOV_GET`.
+const OPEN: u16 = 4;
+const HAS_PARENT: u16 = 5;
+const ADD: u16 = 6;
+const GET: u16 = 7;
+/// `PS_TYPE_PID` and `PS_TYPE_SHMEM`.
+const OF_A_PROCESS: u64 = 1;
+const SHARED: u64 = 2;
 /// `PS_IOV_CLOSE` and `PS_IOV_FORCE_CLOSE`.
 const CLOSE: u16 = 0x1023;
 const FORCE_CLOSE: u16 = 0x1024;
@@ -206,8 +242,17 @@ impl Reader {
 }
 
 impl Run {
-    /// `PE_PRESENT` of `criu/include/pagemap.h`: the pages themselves follow.
+    /// `PE_PARENT` of `criu/include/pagemap.h`: the pages are as in the round before.
+    const IN_PARENT: u32 = 1 << 0;
+    /// `PE_LAZY`: they can be fetched later.
+    const LAZY: u32 = 1 << 1;
+    /// `PE_PRESENT`: the pages themselves follow.
     const PRESENT: u32 = 1 << 2;
+
+    /// Whether the pages are still where the container was.
+    fn is_elsewhere(self) -> bool {
+        self.flags & (Run::IN_PARENT | Run::LAZY | Run::PRESENT) == Run::LAZY
+    }
 
     /// How many bytes of pages follow.
     fn content(self) -> u64 {
@@ -219,11 +264,10 @@ impl Run {
 }
 
 impl Memory {
-    /// `PS_TYPE_PID` and `PS_TYPE_SHMEM`.
     fn read(number: u64) -> Option<Memory> {
         match number & 0xff {
-            1 => Some(Memory::Process(number >> 8)),
-            2 => Some(Memory::Shared(number >> 8)),
+            OF_A_PROCESS => Some(Memory::Process(number >> 8)),
+            SHARED => Some(Memory::Shared(number >> 8)),
             _ => None,
         }
     }
@@ -248,11 +292,10 @@ impl Command {
             memory,
         } = Fields::read(bytes, layout)?;
         let memory = Memory::read(memory);
-        // `PS_IOV_OPEN2`, `PS_IOV_PARENT`, `PS_IOV_ADD_F`.
         match word {
-            4 => memory.map(Command::Open),
-            5 => memory.map(Command::HasParent),
-            6 if pages <= MOST_PAGES => Some(Command::Add(
+            OPEN => memory.map(Command::Open),
+            HAS_PARENT => memory.map(Command::HasParent),
+            ADD if pages <= MOST_PAGES => Some(Command::Add(
                 memory?,
                 Run {
                     address,

@@ -2,9 +2,13 @@
 
 use std::fs;
 
+use futures::StreamExt;
+
 use super::scratch::Scratch;
 use super::{choice, pieces};
 use crate::criu::pages::Layout;
+use crate::criu::pages::fetch::{self, Ahead, FirstMoments};
+use crate::criu::pages::wanted;
 use crate::criu::pages::writer::PageWriter;
 use crate::criu::{DumpStats, RestoreStats};
 use crate::podman::fuzzing as podman_readers;
@@ -43,6 +47,58 @@ pub fn pages(input: &[u8]) {
     assert!(bytes <= stream.len() as u64);
     if let Ok(written) = written {
         assert_eq!(written, bytes);
+    }
+}
+
+/// What is said of pages that are fetched after a restore: the requests of a destination at the source, or at
+/// the destination a list of pages that are elsewhere, what CRIU asks for and what the source answers.
+pub fn fetch(input: &[u8]) {
+    let (how, input) = choice(input);
+    let layout = match how & 1 {
+        0 => Layout::Wide,
+        _ => Layout::Narrow,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build();
+    let runtime = runtime.expect("a runtime with nothing but a clock");
+    if how & 2 == 0 {
+        let passed = runtime.block_on(wanted::requests(input, layout).collect::<Vec<_>>());
+        let bytes: usize = passed.iter().flatten().map(|request| request.len()).sum();
+        assert!(bytes <= input.len());
+        return;
+    }
+    let (list, input) = part(input);
+    let (asked, answers) = part(input);
+    let here = Scratch::new();
+    fs::write(here.path().join("pagemap-1.img"), list).expect("written");
+    let (mut asks, mut given) = (Vec::new(), Vec::new());
+    let moments = FirstMoments::default();
+    let fetched = fetch::fetch(
+        (asked, &mut given),
+        &mut asks,
+        answers,
+        layout,
+        Ahead::of(here.path()),
+        &moments,
+    );
+    let fetched = runtime.block_on(fetched);
+    // No page is made up: each has come once, and those that go ahead are given as often as they are asked for.
+    assert!(given.len() <= answers.len() + answers.len() * asked.len());
+    let passed = runtime.block_on(wanted::requests(&asks[..], layout).collect::<Vec<_>>());
+    if fetched.is_ok() {
+        assert!(
+            passed.iter().all(Result::is_ok),
+            "the source would refuse it"
+        );
+    }
+}
+
+/// A part of an input, with its length in front of it, and the rest.
+fn part(input: &[u8]) -> (&[u8], &[u8]) {
+    match input.split_first_chunk() {
+        Some((length, rest)) => rest.split_at(rest.len().min(u16::from_le_bytes(*length).into())),
+        None => (input, &[]),
     }
 }
 

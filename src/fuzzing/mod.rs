@@ -30,7 +30,7 @@ pub(crate) use agent::{flows as read_flows, read};
 pub(crate) use scratch::Trees;
 
 pub use crate::bundle::fuzzing::{files, header, images, transfer, vetted, walker};
-pub use host::{pages, podman, runtime, stats};
+pub use host::{fetch, pages, podman, runtime, stats};
 pub use kernel::{conntrack, netlink, packets, queue, sockets};
 
 /// A reader that is tested.
@@ -50,8 +50,8 @@ macro_rules! targets {
 }
 
 targets![
-    conntrack, documents, files, header, images, netlink, packets, pages, podman, protocol, queue,
-    runtime, sockets, stats, token, transfer, vetted, walker,
+    conntrack, documents, fetch, files, header, images, netlink, packets, pages, podman, protocol,
+    queue, runtime, sockets, stats, token, transfer, vetted, walker,
 ];
 
 /// Takes the first byte off, which says in which way the rest is meant.

@@ -194,6 +194,7 @@ macro_rules! short_runs {
 short_runs! {
     conntrack: 50_000,
     documents: 2_000,
+    fetch: 5_000,
     files: 4_000,
     header: 5_000,
     images: 2_000,

@@ -539,6 +539,10 @@ pub(crate) async fn at_destination(
         host,
         direct,
         room: room(config),
+        fetches: features
+            .criu
+            .filter(|criu| criu.lazy_pages)
+            .map(|criu| criu.version),
     })
 }
 

@@ -7,7 +7,7 @@ use hyper::Method;
 
 use super::undo::remove_staging;
 use super::{Effect, Leftover, Migration, Part, flows, forwarding, path};
-use crate::agent::protocol::Nothing;
+use crate::agent::protocol::{Fetched, Nothing};
 use crate::podman::{Client, Container, RemoveOptions};
 use crate::{Error, Result};
 
@@ -81,11 +81,10 @@ async fn serve_memory(migration: &mut Migration<'_>) -> Result<()> {
     // If it was not served well, the destination may know why.
     let path = format!("/v1/migrations/{}/fetched", migration.id);
     let told = migration.connection.call(Method::POST, &path, &Nothing {});
-    let Nothing {} = told.await.map_err(Error::of_host(&migration.request.to))?;
-    let (bytes, fetch) = served?;
-    migration.bytes_sent += bytes;
-    if let Some(took) = fetch {
-        migration.downtime.prolong(Part::Fetch, took);
+    let Fetched { answered } = told.await.map_err(Error::of_host(&migration.request.to))?;
+    migration.bytes_sent += served?;
+    if let Some(answered) = answered {
+        migration.downtime.prolong_until(answered, Part::Fetch);
     }
     Ok(())
 }

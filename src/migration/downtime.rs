@@ -28,7 +28,7 @@ pub enum Part {
     Admit,
     /// The packets that waited are told where to go.
     Release,
-    /// The pages cross that the container waits for before it answers, with post-copy.
+    /// Until the container answers, with post-copy: the pages cross that it waits for.
     Fetch,
 }
 
@@ -47,6 +47,8 @@ pub struct PartTime {
 pub(super) struct Downtime {
     began: Option<Instant>,
     frozen: Option<Instant>,
+    /// Since when it is known that the container runs.
+    runs: Option<Instant>,
     last: Option<Instant>,
     parts: Vec<PartTime>,
     total: Duration,
@@ -67,8 +69,10 @@ impl Downtime {
             let took = now - last;
             self.parts.push(PartTime { part, took });
         }
-        if part == Part::Freeze {
-            self.frozen = Some(now);
+        match part {
+            Part::Freeze => self.frozen = Some(now),
+            Part::Restore => self.runs = Some(now),
+            _ => {}
         }
     }
 
@@ -93,10 +97,14 @@ impl Downtime {
         self.total_frozen = since(self.frozen);
     }
 
-    /// It has gone on for so long after its end, in the container.
-    pub fn prolong(&mut self, part: Part, took: Duration) {
-        self.parts.push(PartTime { part, took });
-        self.total += took;
+    /// It has ended, and gone on in the container: until it had run for so long.
+    pub fn prolong_until(&mut self, ran: Duration, part: Part) {
+        let known = self.runs.zip(self.last);
+        let took = known.map(|(runs, last)| ran.min(runs.elapsed()).saturating_sub(last - runs));
+        if let Some(took) = took.filter(|took| !took.is_zero()) {
+            self.parts.push(PartTime { part, took });
+            self.total += took;
+        }
     }
 
     /// How long it was, in all; zero if it has not ended.

@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use super::preflight::Preflight;
 use super::request::Request;
 use crate::agent::protocol::{Assessment, Offer};
-use crate::criu::{Code, Features, Finding};
+use crate::criu::pages::Layout;
+use crate::criu::{Code, Finding};
 
 /// How a container's processes cross from one host to the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -68,26 +69,39 @@ pub(super) fn post_copy(request: &Request, preflight: &Preflight) -> Option<Find
     if !request.post_copy {
         return None;
     }
-    let lazy = |features: &Features| features.criu.as_ref().is_some_and(|criu| criu.lazy_pages);
-    let able = preflight.engine == Engine::Direct && lazy(&preflight.offer.features);
-    Some(match able {
-        false => Finding::refuse(
-            Code::PostCopyUnavailable,
-            "memory can only be fetched after the move with the direct engine, and where CRIU and the kernel \
-             have userfaultfd (criu check --feature uffd-noncoop) and pipes of 4 MiB (CAP_SYS_RESOURCE, or \
-             sysctl fs.pipe-max-size)",
-            "leave --post-copy out, or see `livemig setup --help`",
-        ),
-        true => Finding::warn(
-            Code::PostCopyRisk,
-            format!(
-                "from the moment the container runs on {} until all of its memory is there, it needs both \
-                 hosts and the network between them: if one of them fails, the container is lost",
-                request.to
+    let offered = preflight.offer.features.criu.as_ref();
+    let here = offered
+        .filter(|criu| criu.lazy_pages)
+        .map(|criu| criu.version);
+    let direct = preflight.engine == Engine::Direct;
+    Some(
+        match here.zip(preflight.assessment.fetches).filter(|_| direct) {
+            None => Finding::refuse(
+                Code::PostCopyUnavailable,
+                "memory can only be fetched after the move with the direct engine, and where CRIU and the kernel \
+             of both hosts have userfaultfd (criu check --feature uffd-noncoop) and pipes of 4 MiB \
+             (CAP_SYS_RESOURCE, or sysctl fs.pipe-max-size)",
+                "leave --post-copy out, or see `livemig setup --help`",
             ),
-            "leave --post-copy out where that is too much to ask",
-        ),
-    })
+            Some((here, there)) if Layout::of(here) != Layout::of(there) => Finding::refuse(
+                Code::PostCopyUnavailable,
+                format!(
+                    "CRIU {here} here and CRIU {there} on {} ask for memory in different ways",
+                    request.to
+                ),
+                "leave --post-copy out, or install the same version of CRIU on both hosts",
+            ),
+            Some(_) => Finding::warn(
+                Code::PostCopyRisk,
+                format!(
+                    "from the moment the container runs on {} until all of its memory is there, it needs both \
+                 hosts and the network between them: if one of them fails, the container is lost",
+                    request.to
+                ),
+                "leave --post-copy out where that is too much to ask",
+            ),
+        },
+    )
 }
 
 /// What stands in the way of the engine that was asked for.

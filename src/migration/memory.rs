@@ -23,7 +23,7 @@ use crate::agent::protocol::{MigrationId, Nothing};
 use crate::bundle::{self, Progress};
 use crate::criu::pages::Layout;
 use crate::criu::pages::relay::{self, Lists};
-use crate::criu::pages::wanted::{self, FirstMoments};
+use crate::criu::pages::wanted;
 use crate::criu::{DumpStats, Freezer};
 use crate::podman::{ContainerId, FailureLog, failure_log};
 use crate::runtime::{Checkpoint, CriuOption, Standby, Thaw, Verb};
@@ -280,23 +280,16 @@ pub(super) struct Serving {
     runtime: Checkpoint,
     /// Passes on what the destination wants.
     passed_on: tokio::task::JoinHandle<()>,
-    moments: FirstMoments,
     progress: Progress,
 }
 
 impl Serving {
-    /// The container is let go: from now on it needs its memory.
-    pub fn let_go(&self) {
-        self.moments.begin();
-    }
-
-    /// Waits until the destination has all of it. Returns how many bytes that were, and for how long the
-    /// container had to look for what it needed at first, if that can be told.
-    pub async fn ended(self) -> Result<(u64, Option<Duration>)> {
+    /// Waits until the destination has all of it. Returns how many bytes that were.
+    pub async fn ended(self) -> Result<u64> {
         let served = self.runtime.ended().await;
         self.passed_on.abort();
         served?;
-        Ok((self.progress.wire(), self.moments.took()))
+        Ok(self.progress.wire())
     }
 }
 
@@ -325,14 +318,13 @@ pub(super) async fn leave(shell: &mut Shell, terms: &Terms<'_>) -> Result<()> {
     let pages = ReaderStream::with_capacity(pages, PIECE)
         .inspect_ok(move |piece| counted.add_wire(piece.len()));
     let path = format!("/v1/migrations/{}/lazy", terms.migration);
-    let moments = FirstMoments::default();
     let asked = shell
         .for_pages
         .exchange(Method::POST, &path, pages)
         .await
         .map_err(Error::of_host(&terms.request.to))?;
     let asked = StreamReader::new(asked.map_err(std::io::Error::other));
-    let requests = wanted::requests(asked, terms.layout, moments.clone());
+    let requests = wanted::requests(asked, terms.layout);
     let passed_on = tokio::spawn(async move {
         let mut requests = std::pin::pin!(requests);
         loop {
@@ -349,7 +341,6 @@ pub(super) async fn leave(shell: &mut Shell, terms: &Terms<'_>) -> Result<()> {
     shell.serving = Some(Serving {
         runtime,
         passed_on,
-        moments,
         progress,
     });
     Ok(())

@@ -47,8 +47,6 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     // The first packet that passes is the point of no return: what the world has heard of the copy
     // is never taken back.
     migration.let_go = true;
-    let serving = migration.shell.as_ref().and_then(|it| it.serving.as_ref());
-    serving.inspect(|serving| serving.let_go());
     // The first pass within a millisecond. What takes longer is that datagrams follow at a pace.
     migration.downtime.end(Part::Release);
     // A container without an address has no packets.

@@ -14,8 +14,11 @@ use super::{Attributes, Body, Channel, Message, Namespace, Request, Result};
 const BY_FAMILY: u16 = 20;
 /// The size of `struct inet_diag_msg` of `linux/inet_diag.h`.
 const ANSWER: usize = 72;
-/// `INET_DIAG_SKMEMINFO` of `linux/inet_diag.h`.
+/// `INET_DIAG_INFO` and `INET_DIAG_SKMEMINFO` of `linux/inet_diag.h`.
+const INFO: u16 = 2;
 const SKMEMINFO: u16 = 7;
+/// Where `tcpi_data_segs_out` is in `struct tcp_info` of `linux/tcp.h`, which the kernel only adds to.
+const DATA_SEGMENTS_SENT: usize = 156;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
@@ -118,6 +121,8 @@ impl StateSet {
     pub const ALL: StateSet = StateSet(u32::MAX);
     /// Sockets that listen.
     pub const LISTENING: StateSet = StateSet(1 << 10);
+    /// Connections that are established, or that one side has closed.
+    pub const CONNECTED: StateSet = StateSet(1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11);
     /// Connections that peers have begun to open and that are not established yet.
     pub const OPENING: StateSet = StateSet(1 << 3 | 1 << 12);
 }
@@ -157,6 +162,24 @@ impl Diagnosis {
 
     /// The sockets of one kind in some states, over IPv4 and IPv6.
     pub fn look(&mut self, kind: Kind, states: StateSet) -> Result<Vec<Socket>> {
+        self.dump(kind, states, SKMEMINFO, |message| read(kind, message))
+    }
+
+    /// Whether any TCP connection has sent something since its socket was made.
+    pub fn has_sent(&mut self) -> Result<bool> {
+        let connected = StateSet::CONNECTED;
+        let sent = self.dump(Kind::Tcp, connected, INFO, data_segments_sent)?;
+        Ok(sent.iter().any(|segments| *segments > 0))
+    }
+
+    /// What there is to be read of these sockets, with one attribute of each.
+    fn dump<T>(
+        &mut self,
+        kind: Kind,
+        states: StateSet,
+        attribute: u16,
+        read: impl Fn(&Message<'_>) -> Option<T>,
+    ) -> Result<Vec<T>> {
         let mut all = Vec::new();
         for family in [AF_INET, AF_INET6] {
             // struct inet_diag_req_v2, for any address.
@@ -166,15 +189,22 @@ impl Diagnosis {
                 Kind::Tcp => IPPROTO_TCP,
                 Kind::Udp => IPPROTO_UDP,
             };
-            fixed[2] = 1 << (SKMEMINFO - 1);
+            fixed[2] = 1 << (attribute - 1);
             fixed[4..8].copy_from_slice(&states.0.to_ne_bytes());
             let request = Request::new(BY_FAMILY, Body::new(&fixed));
             all.extend(self.0.dump("list sockets", &request, |found, message| {
-                found.extend(read(kind, message));
+                found.extend(read(message));
             })?);
         }
         Ok(all)
     }
+}
+
+/// How many segments with data a connection has sent.
+fn data_segments_sent(message: &Message<'_>) -> Option<u32> {
+    let info = Attributes::after(message.body, ANSWER).find(|attribute| attribute.kind == INFO)?;
+    let number = info.value.get(DATA_SEGMENTS_SENT..)?.first_chunk()?;
+    Some(u32::from_ne_bytes(*number))
 }
 
 /// Reads a `struct inet_diag_msg`.

@@ -14,7 +14,7 @@ use super::super::protocol::{
     Flows, Held, IMAGE_PIECE, MigrationId, Nothing, Prepare, Prepared, Running, Stage,
 };
 use super::super::{Body, Caller};
-use super::{CONTAINER, Session, Sessions, Shared};
+use super::{CONTAINER, Session, Sessions, Shared, answer};
 use crate::Error;
 use crate::bundle;
 use crate::bundle::vetted::{Documents, Verdict, vetted};
@@ -58,6 +58,7 @@ impl Sessions {
             memory: None,
             post_copy,
             volumes: BTreeMap::new(),
+            answer: None,
             namespace: None,
             intake: None,
             unsure: false,
@@ -373,6 +374,10 @@ impl Sessions {
         gate(&container).open().await?;
         if let Some(intake) = &session.intake {
             intake.open(&namespace);
+        }
+        if let Some(shell) = session.shell.as_ref().filter(|_| session.post_copy) {
+            shell.moments().begin();
+            session.answer = Some(tokio::spawn(answer::first(namespace)));
         }
         // What was carried after it ends here again.
         let after = migration::at_home(&self.config, &container.id)?;

@@ -11,7 +11,7 @@ use hyper::Response;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::super::memory::Memory;
-use super::super::protocol::{MigrationId, Nothing, Stage};
+use super::super::protocol::{Fetched, MigrationId, Nothing, Offer, Stage};
 use super::super::shell::{Shell, fill};
 use super::super::{Body, ReplyBody, reply};
 use super::arrival::restored;
@@ -19,9 +19,13 @@ use super::{CONTAINER, Session, Sessions};
 use crate::Error;
 use crate::bundle;
 use crate::criu::pages::Layout;
+use crate::criu::pages::fetch::fetch;
 use crate::migration::Effect;
 use crate::podman::{self, Mount, Volume};
 use crate::runtime::{Rendezvous, Verb, setup};
+
+/// Requests for memory wait for no more room than this, in bytes: that of a pipe (pipe(7)).
+const ASKED: usize = 64 << 10;
 
 /// Whether a request of this path brings a part of a container.
 pub(super) fn is_part(path: &[&str]) -> bool {
@@ -35,21 +39,44 @@ pub(super) fn is_part(path: &[&str]) -> bool {
 /// is the answer.
 pub(super) fn fetched(session: &mut Session, body: Body) -> Result<Response<ReplyBody>, Error> {
     let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
-    let (wanted, mut pages) = shell.source()?.into_split();
+    let layout = layout(&session.offer)?;
+    let (criu, ahead) = shell.source()?;
+    let moments = shell.moments().clone();
+    let (asked, asks) = tokio::io::simplex(ASKED);
     tokio::spawn(async move {
-        let mut body = StreamReader::new(body.map_err(std::io::Error::other));
-        if let Err(error) = tokio::io::copy(&mut body, &mut pages).await {
+        // Otherwise it comes to no restore.
+        let Ok(ahead) = ahead.await else { return };
+        let pages = StreamReader::new(body.map_err(std::io::Error::other));
+        let fetched = fetch(criu.into_split(), asks, pages, layout, ahead, &moments);
+        if let Err(error) = fetched.await {
             tracing::warn!(%error, "memory does not come any more");
         }
     });
-    Ok(reply::exchange(ReaderStream::new(wanted)))
+    Ok(reply::exchange(ReaderStream::new(asked)))
+}
+
+/// How the source's CRIU lays out what it says of pages.
+fn layout(offer: &Offer) -> Result<Layout, Error> {
+    let criu = offer.features.criu.as_ref();
+    Ok(Layout::of(criu.ok_or(Error::OutOfOrder("CRIU"))?.version))
 }
 
 /// Says when all of the memory has been fetched.
-pub(super) async fn all_fetched(session: &mut Session) -> Result<Nothing, Error> {
+pub(super) async fn all_fetched(session: &mut Session) -> Result<Fetched, Error> {
     let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
     shell.fetched().await?;
-    Ok(Nothing {})
+    let found = shell.moments().took();
+    let answered = match session.answer.take() {
+        Some(answer) if answer.is_finished() => answer.await.ok().flatten(),
+        Some(answer) => {
+            answer.abort();
+            None
+        }
+        None => None,
+    };
+    Ok(Fetched {
+        answered: answered.or(found),
+    })
 }
 
 impl Sessions {
@@ -99,8 +126,7 @@ impl Sessions {
         session: &'a mut Session,
     ) -> Result<&'a mut Memory, Error> {
         if session.memory.is_none() {
-            let criu = session.offer.features.criu.as_ref();
-            let layout = Layout::of(criu.ok_or(Error::OutOfOrder("CRIU"))?.version);
+            let layout = layout(&session.offer)?;
             let directory = self.config.memory_dir.join(format!("livemig-{id}"));
             session.journal.will([Effect::Staging {
                 directory: directory.clone(),

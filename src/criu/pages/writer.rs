@@ -8,13 +8,9 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use prost::Message;
-
-use super::{Command, Layout, Memory, Reader, Run, Seen};
+use super::{Command, Layout, Memory, Reader, Run, Seen, pagemap};
 use crate::criu::{Error, Result};
 
-/// `IMG_COMMON_MAGIC` and `PAGEMAP_MAGIC` of CRIU's `magic.h`.
-const MAGIC: [u32; 2] = [0x5456_4319, 0x5608_4025];
 /// Where CRIU's page server begins to number its files of pages (`up_page_ids_base` in `criu/image.c`), so
 /// that they are none of those that a dump writes itself.
 const FIRST_FILE: u32 = 0x10000;
@@ -109,7 +105,9 @@ impl Images {
     fn add(&mut self, memory: Memory, run: Run) -> Result<()> {
         let failed = failed(&self.directory, "the list of pages");
         match &mut self.current {
-            Some((current, image)) if *current == memory => image.add(run).map_err(failed),
+            Some((current, image)) if *current == memory => {
+                pagemap::add(&mut image.list, run).map_err(failed)
+            }
             _ => Err(NOT_OPEN),
         }
     }
@@ -137,11 +135,11 @@ impl Images {
             })
         };
         let mut image = Image {
-            pagemap: BufWriter::new(make(memory.list())?),
+            list: BufWriter::new(make(memory.list())?),
             pages: BufWriter::with_capacity(WRITTEN_AT_ONCE, make(format!("pages-{number}.img"))?),
         };
         let failed = failed(&self.directory, "the list of pages");
-        image.begin(number).map_err(failed)?;
+        pagemap::begin(&mut image.list, number).map_err(failed)?;
         self.current = Some((memory, image));
         Ok(())
     }
@@ -151,7 +149,7 @@ impl Images {
             return Ok(());
         };
         image
-            .pagemap
+            .list
             .flush()
             .map_err(failed(&self.directory, "the list of pages"))?;
         let failed = failed(&self.directory, "the container's pages");
@@ -176,59 +174,8 @@ fn failed(directory: &Path, value: &'static str) -> impl FnOnce(std::io::Error) 
 /// The two files of one memory.
 #[derive(Debug)]
 struct Image {
-    pagemap: BufWriter<File>,
+    list: BufWriter<File>,
     pages: BufWriter<File>,
-}
-
-impl Image {
-    fn begin(&mut self, number: u32) -> std::io::Result<()> {
-        for magic in MAGIC {
-            self.pagemap.write_all(&magic.to_le_bytes())?;
-        }
-        self.entry(&Head { pages_id: number })
-    }
-
-    fn add(&mut self, run: Run) -> std::io::Result<()> {
-        self.entry(&Entry {
-            address: run.address,
-            // What CRIU had before it had the field below.
-            pages: u32::try_from(run.pages).unwrap_or(u32::MAX),
-            in_parent: None,
-            flags: Some(run.flags),
-            many_pages: Some(run.pages),
-        })
-    }
-
-    /// A message, with its length in front of it (`pb_write_one` in `criu/protobuf.c`).
-    fn entry(&mut self, message: &impl Message) -> std::io::Result<()> {
-        let bytes = message.encode_to_vec();
-        // Some tens of bytes.
-        self.pagemap
-            .write_all(&(bytes.len() as u32).to_le_bytes())?;
-        self.pagemap.write_all(&bytes)
-    }
-}
-
-// The messages of `images/pagemap.proto`.
-
-#[derive(Clone, PartialEq, Message)]
-struct Head {
-    #[prost(uint32, required, tag = "1")]
-    pages_id: u32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Entry {
-    #[prost(uint64, required, tag = "1")]
-    address: u64,
-    #[prost(uint32, required, tag = "2")]
-    pages: u32,
-    #[prost(bool, optional, tag = "3")]
-    in_parent: Option<bool>,
-    #[prost(uint32, optional, tag = "4")]
-    flags: Option<u32>,
-    #[prost(uint64, optional, tag = "5")]
-    many_pages: Option<u64>,
 }
 
 #[cfg(test)]
@@ -280,19 +227,8 @@ mod tests {
             prop_assert_eq!(bytes, content.len() as u64);
             prop_assert_eq!(std::fs::read(directory.path().join("pages-65536.img")).unwrap(), content);
             let pagemap = std::fs::read(directory.path().join("pagemap-1.img")).unwrap();
-            let mut rest = &pagemap[8..];
-            let mut entries = Vec::new();
-            while !rest.is_empty() {
-                let (length, behind) = rest.split_at(4);
-                let length = u32::from_le_bytes(length.try_into().unwrap()) as usize;
-                entries.push(&behind[..length]);
-                rest = &behind[length..];
-            }
-            prop_assert_eq!(Head::decode(entries[0]).unwrap().pages_id, 65536);
-            prop_assert_eq!(entries.len(), runs.len() + 1);
-            for ((pages, _), entry) in runs.iter().zip(&entries[1..]) {
-                prop_assert_eq!(Entry::decode(*entry).unwrap().many_pages, Some(*pages));
-            }
+            let listed: Vec<u64> = pagemap::runs(&pagemap).map(|run| run.pages).collect();
+            prop_assert_eq!(listed, runs.iter().map(|(pages, _)| *pages).collect::<Vec<_>>());
         }
     }
 
