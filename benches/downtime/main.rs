@@ -16,7 +16,7 @@
 //! | variable | default | |
 //! | --- | --- | --- |
 //! | `LIVEMIG_BENCH_RUNS` | 15 | runs of each pair |
-//! | `LIVEMIG_BENCH_SHARE` | 30 | seconds after which a pair other than with `echo` ends sooner, but not before its third run |
+//! | `LIVEMIG_BENCH_SHARE` | none | for a quick look: seconds after which a pair other than with `echo` ends sooner, but not before its third run |
 //! | `LIVEMIG_BENCH_ENGINES` | all that this livemig has | `naive,rest,direct,postcopy,floor` |
 //! | `LIVEMIG_BENCH_WORKLOADS` | all | `echo,64MiB,512MiB,2GiB,64MiB-dirty,...` |
 //!
@@ -42,7 +42,7 @@ use record::{Figures, number};
 use serde_json::{Value, json};
 use workload::Workload;
 
-/// No pair of workload and engine has less runs than this.
+/// No pair of workload and engine has less runs than this, whatever its share of the time.
 const LEAST: usize = 3;
 
 /// A workload and an engine, with all their runs.
@@ -68,7 +68,7 @@ async fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let rounds: usize = record::setting("LIVEMIG_BENCH_RUNS", 15);
-    let share = Duration::from_secs(record::setting("LIVEMIG_BENCH_SHARE", 30));
+    let share = Duration::from_secs(record::setting("LIVEMIG_BENCH_SHARE", u64::MAX));
     let known = Known::ask().await;
     let mut pairs = pairs(known);
 

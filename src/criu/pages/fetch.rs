@@ -11,8 +11,9 @@
 //! CRIU asks for the page that the container waits for, and as long as it waits for none, for the rest in
 //! ever larger runs. What it is served it takes in the order of its requests, so that whoever waits for a page
 //! waits for the run before it too. At the beginning that is most of the time that passes until the container
-//! answers: so until it has been let go and has found what it needs, runs are cut short, and go on slowly.
-//! (CRIU asks again for what it was not given, `uffd_io_complete` in `criu/uffd.c`.)
+//! answers: so until it has been let go and has found what it needs, runs go on slowly, which keeps them short,
+//! too. They are given whole: who waits for a page of a run that is on its way is forgotten if the page is not in
+//! it (`is_page_queued` and `uffd_io_complete` in `criu/uffd.c`).
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -33,9 +34,8 @@ use crate::criu::{Error, Result};
 const AHEAD: u64 = 1024;
 /// Of all lists together, no more than this is read to find them, in bytes: 8 MiB, some 400,000 runs.
 const LISTS: u64 = 8 << 20;
-/// What a run is cut to: 16 pages, with which CRIU begins (`DEFAULT_XFER_LEN` in `criu/uffd.c`: 64 KiB).
-const SHORT: u64 = 16;
-/// How long a run waits for the request of a page to come after it.
+/// How long a run waits, unless something comes after it. (It is a few dozen pages long at the beginning, see
+/// `update_xfer_len` in `criu/uffd.c`.)
 const PAUSE: Duration = Duration::from_millis(2);
 /// How long no page is asked for when the container has found what it needs at first.
 const QUIET: Duration = Duration::from_millis(10);
@@ -180,7 +180,7 @@ async fn pass_on(
     layout: Layout,
     moments: &FirstMoments,
 ) -> Result<()> {
-    while let Some((mut bytes, request)) = asking.next().await? {
+    while let Some((bytes, request)) = asking.next().await? {
         let owed = match request {
             Request::Pages {
                 process,
@@ -195,17 +195,7 @@ async fn pass_on(
                     None => {
                         if pages > 1 && moments.go_on() {
                             let behind = tokio::time::timeout(PAUSE, asking.has_one()).await;
-                            let most = match behind.unwrap_or(Ok(false))? {
-                                true => 1,
-                                false => SHORT,
-                            };
-                            let pages = pages.min(most);
-                            let run = Run {
-                                address,
-                                pages,
-                                flags: 0,
-                            };
-                            bytes = layout.get(process, run).into();
+                            behind.unwrap_or(Ok(false))?;
                         }
                         Owed::Next
                     }
@@ -305,23 +295,19 @@ impl Here {
         Ok(())
     }
 
-    /// The answer to a question for pages, if the first of them is here: it and as many behind it as are.
+    /// The answer to a question for pages, if all of them are here.
     fn find(&self, layout: Layout, process: u64, address: u64, pages: u64) -> Option<Vec<Bytes>> {
-        let wanted = (0..pages).map_while(|place| {
-            let at = address.checked_add(place.checked_mul(page_size())?)?;
-            self.0.get(&(process, at)).cloned()
-        });
-        let found: Vec<Bytes> = wanted.collect();
-        if found.is_empty() {
-            return None;
-        }
         let run = Run {
             address,
-            pages: found.len() as u64,
+            pages,
             flags: Run::PRESENT,
         };
         let head = Bytes::from(layout.add(process, run));
-        Some([vec![head], found].concat())
+        let wanted = (0..pages).map(|place| {
+            let at = address.checked_add(place.checked_mul(page_size())?)?;
+            self.0.get(&(process, at)).cloned()
+        });
+        std::iter::once(Some(head)).chain(wanted).collect()
     }
 }
 
@@ -435,42 +421,55 @@ mod tests {
         let page = page_size();
         for layout in BOTH {
             let ahead = [(0, 2), (16 * page, 1)];
-            let wanted = [(page, 1), (0, 9), (32 * page, 1), (16 * page, 1), (0, 1)];
+            let wanted = [(page, 1), (0, 9), (32 * page, 1), (16 * page, 1), (0, 2)];
             let (given, asked) = fetched(layout, &ahead, &wanted, &FirstMoments::default()).await;
-            // In the order in which it was asked for.
-            assert_eq!(given, [1, 2, 1, 1, 1]);
-            assert_eq!(asked, [(0, 2), (16 * page, 1), (32 * page, 1)]);
+            // In the order in which it was asked for, and whole.
+            assert_eq!(given, [1, 9, 1, 1, 2]);
+            assert_eq!(asked, [(0, 2), (16 * page, 1), (0, 9), (32 * page, 1)]);
         }
     }
 
     #[tokio::test]
-    async fn runs_are_short_until_the_container_has_found_its_way() {
+    async fn runs_go_on_slowly_until_the_container_has_found_its_way() {
         let page = page_size();
-        for layout in BOTH {
-            // Behind the first run somebody waits, behind the second nobody.
-            let wanted = [(0, 1), (page, 90), (200 * page, 1), (300 * page, 90)];
+        let layout = Layout::Wide;
+        // Behind these runs nobody waits: the answer to a page says that nothing more is asked for.
+        let mut waited = Duration::ZERO;
+        for _ in 0..3 {
+            let began = Instant::now();
+            let (criu, ours) = duplex(1 << 20);
+            let (there, serves) = duplex(1 << 20);
+            let (pages, asks) = split(there);
             let moments = FirstMoments::default();
-            let (asking, end) = (wanted.len(), Duration::from_secs(5));
-            let given = tokio::time::timeout(end, fetched(layout, &[], &wanted, &moments));
-            let (given, asked) = given.await.unwrap();
-            assert_eq!(given, [1, 1, 1, 16]);
-            assert_eq!(asked.len(), asking);
+            let ahead = Ahead::default();
+            let pages = BufReader::new(pages);
+            let fetching = fetch(split(ours), asks, pages, layout, ahead, &moments);
+            let asks_once = async {
+                let mut criu = criu;
+                let request = layout.get(PROCESS, run(page, 90));
+                criu.write_all(&request).await.unwrap();
+                answered(&mut criu, layout).await.unwrap().1.pages
+            };
+            let given = tokio::select! {
+                given = asks_once => given,
+                _ = fetching => panic!("it ends"),
+                _ = source(serves, layout) => panic!("the source ends"),
+            };
+            assert_eq!(given, 90);
+            waited += began.elapsed();
         }
+        assert!(waited >= 3 * PAUSE, "{waited:?}");
     }
 
     #[tokio::test]
-    async fn runs_are_whole_when_no_page_has_been_asked_for_a_while() {
-        let page = page_size();
+    async fn its_first_moments_are_as_long_as_it_asks_for_pages() {
         let moments = FirstMoments::default();
         moments.begin();
-        let layout = Layout::Wide;
-        fetched(layout, &[], &[(0, 1)], &moments).await;
+        fetched(Layout::Wide, &[], &[(0, 1)], &moments).await;
         let took = moments.took();
         assert!(took > Some(Duration::ZERO) && took < Some(QUIET));
         std::thread::sleep(2 * QUIET);
-        let late = [(0, 90), (100 * page, 1), (200 * page, 3)];
-        let (given, _) = fetched(layout, &[], &late, &moments).await;
-        assert_eq!(given, [90, 1, 3]);
+        fetched(Layout::Wide, &[], &[(0, 1)], &moments).await;
         assert_eq!(moments.took(), took);
     }
 
