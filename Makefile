@@ -96,7 +96,8 @@ test-vm: prepare-vm ## migrations between two emulated machines: kernel WireGuar
 demo-vm: prepare-vm ## one of them, step by step (root)
 	cargo bench --profile $(VM_PROFILE) --bench vm -- demo
 
-# Optimised, each prints its table and writes target/bench/NAME.json. About 40 minutes in all; for
+# Optimised, each prints its table and writes target/bench/NAME.json. Some 80 minutes in all, of which
+# the first takes more than half (LIVEMIG_BENCH_SHARE=30 for a quick look at it, see benches/downtime); for
 # figures that mean something, on a machine that does nothing else. All are run, also when one of them
 # falls short of what is asked of it, which the exit status then says.
 BENCHES := downtime growth stream udp iperf flows

@@ -67,6 +67,12 @@ pub fn passed(pairs: &[Pair]) -> bool {
         direct,
         1.5,
     );
+    ratio(
+        "gap of postcopy with 512MiB to postcopy with echo",
+        median(HALF_GIB, Engine::Postcopy),
+        median(ECHO, Engine::Postcopy),
+        1.5,
+    );
     passed &= breakdowns_add_up(pairs);
     for pair in pairs {
         let lost = pair.runs.iter().filter(|run| run["survived"] != true);

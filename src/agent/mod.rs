@@ -34,6 +34,7 @@ mod endings;
 mod error;
 mod identity;
 mod invite;
+mod lazy_pages;
 mod limits;
 mod memory;
 mod paths;

@@ -4,24 +4,18 @@
 //! in the end are CRIU's images, with which the real runtime is run.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::Stream;
-use rustix::process::{
-    Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open, pidfd_send_signal,
-};
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use super::lazy_pages::LazyPages;
 use super::memory::Memory;
 use crate::bundle::{self, Limits, TreeId};
 use crate::criu::joining::Joining;
@@ -31,9 +25,6 @@ use crate::runtime::{
     Arrived, CriuOption, Invocation, OnStandby, Outcome, Rendezvous, Standby, Verb,
 };
 use crate::{Config, Error, runtime};
-
-/// What the kernel calls a userfaultfd in `/proc/PID/fd`.
-const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 
 /// A container that waits for its processes.
 #[derive(Debug)]
@@ -52,23 +43,16 @@ pub(super) struct Shell {
     last_words: Duration,
     /// Whether memory is fetched when the container runs.
     post_copy: bool,
-    /// Where the memory comes from then.
-    source: Option<Source>,
+    /// What fetches it then, and waits for the images.
+    lazy_pages: Option<LazyPages>,
+    /// Who waits to hear what goes ahead.
+    ahead: Option<oneshot::Sender<Ahead>>,
     moments: FirstMoments,
-    /// What fetches it.
+    /// The memory, while it is being fetched.
     fetching: Option<JoinHandle<Result<(), Error>>>,
     trees: Trees,
     images: PathBuf,
     work: PathBuf,
-}
-
-/// Where a container's memory comes from when it runs.
-#[derive(Debug)]
-struct Source {
-    /// What CRIU is given to read it from.
-    criu: UnixStream,
-    /// Who waits to hear what goes ahead.
-    ahead: oneshot::Sender<Ahead>,
 }
 
 /// A runtime that has come as far as it can without images.
@@ -121,7 +105,8 @@ impl Shell {
                     standby: None,
                     joining: None,
                     post_copy,
-                    source: None,
+                    lazy_pages: None,
+                    ahead: None,
                     moments: FirstMoments::default(),
                     fetching: None,
                     restoring,
@@ -202,6 +187,10 @@ impl Shell {
             runtime,
             criu,
         });
+        if self.post_copy {
+            let lazy_pages = LazyPages::start(&self.images, &self.work, self.last_words);
+            self.lazy_pages = Some(lazy_pages.await?);
+        }
         self.joining = Some(Joining::without_waiting());
         Ok(())
     }
@@ -212,10 +201,16 @@ impl Shell {
     /// [`Error::Restore`] with what CRIU says.
     pub async fn restore(&mut self) -> Result<u32, Error> {
         self.with_podman()?;
-        let fetching = match self.source.take() {
-            Some(source) => Some(self.fetch(source).await?),
-            None => None,
-        };
+        if let (Some(ahead), images) = (self.ahead.take(), self.images.clone()) {
+            // If nobody waits for it any more, the memory will not come, which CRIU will say.
+            tokio::task::spawn_blocking(move || ahead.send(Ahead::of(&images)));
+        }
+        let mut lazy_pages = self.lazy_pages.take();
+        if let Some(lazy_pages) = &mut lazy_pages
+            && let Err(error) = lazy_pages.go(&self.images).await
+        {
+            return Err(self.failed("criu lazy-pages".to_owned(), error.to_string()));
+        }
         let standby = self.standby.take();
         let OnItsMark {
             program,
@@ -233,9 +228,8 @@ impl Shell {
                 ..
             } => {
                 went?;
-                if let Some(criu) = fetching {
-                    let keeper = Keeper::of(&criu, pid)?;
-                    self.fetching = Some(tokio::spawn(keeper.watch(criu, self.work.clone())));
+                if let Some(lazy_pages) = lazy_pages {
+                    self.fetching = Some(tokio::spawn(lazy_pages.keep(pid)?));
                 }
                 self.with_podman()?;
                 Ok(pid)
@@ -256,66 +250,18 @@ impl Shell {
     /// when the container is about to be restored.
     ///
     /// # Errors
-    /// [`Error::OutOfOrder`] where none is wanted; when the system has no sockets left.
+    /// [`Error::OutOfOrder`] where none is wanted, or it is open already.
     pub fn source(&mut self) -> Result<(UnixStream, oneshot::Receiver<Ahead>), Error> {
-        if !self.post_copy || self.source.is_some() || self.fetching.is_some() {
-            return Err(Error::OutOfOrder("post-copy"));
-        }
-        let (ours, criu) = UnixStream::pair().map_err(crate::criu::Error::Relay)?;
+        let criu = self.lazy_pages.as_mut().and_then(LazyPages::pages);
+        let criu = criu.ok_or(Error::OutOfOrder("post-copy"))?;
         let (ahead, told) = oneshot::channel();
-        self.source = Some(Source { criu, ahead });
-        Ok((ours, told))
+        self.ahead = Some(ahead);
+        Ok((criu, told))
     }
 
     /// When the container finds what it needs at first.
     pub fn moments(&self) -> &FirstMoments {
         &self.moments
-    }
-
-    /// Starts what gives the container its memory (criu(8), `lazy-pages`), and waits until it is ready.
-    async fn fetch(&self, Source { criu, ahead }: Source) -> Result<Child, Error> {
-        let images = self.images.clone();
-        // While CRIU starts. If nobody waits for it any more, the memory will not come, which CRIU will say.
-        tokio::task::spawn_blocking(move || ahead.send(Ahead::of(&images)));
-        let start = |source| runtime::Error::Start {
-            program: "criu".into(),
-            source,
-        };
-        let source = criu.into_std().map_err(start)?;
-        // CRIU waits for what it reads.
-        source.set_nonblocking(false).map_err(start)?;
-        let mut criu = Command::new("criu")
-            .args([
-                "lazy-pages",
-                "--page-server",
-                "--ps-socket",
-                "0",
-                "--status-fd",
-                "1",
-            ])
-            .args(["-o", "lazy-pages.log", "-v2", "-D"])
-            .arg(&self.images)
-            .arg("-W")
-            .arg(&self.work)
-            .current_dir(&self.work)
-            .stdin(OwnedFd::from(source))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            // Until it has a container's memory to look after.
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(start)?;
-        let mut ready = criu.stdout.take().ok_or(Error::OutOfOrder("pipe"))?;
-        let mut byte = [0];
-        match tokio::time::timeout(self.last_words, ready.read_exact(&mut byte)).await {
-            Ok(Ok(_)) => Ok(criu),
-            _ => {
-                // If it has not ended by itself, there is nothing to wait for.
-                let _ = criu.start_kill();
-                let status = criu.wait().await.map_err(start)?;
-                Err(self.failed("criu lazy-pages".to_owned(), status.to_string()))
-            }
-        }
     }
 
     fn failed(&self, program: String, status: String) -> Error {
@@ -367,6 +313,7 @@ impl Shell {
         drop(self.runtime.take());
         drop(self.standby.take());
         drop(self.joining.take());
+        drop(self.lazy_pages.take());
         if tokio::time::timeout(self.last_words, &mut self.restoring)
             .await
             .is_err()
@@ -397,62 +344,6 @@ fn limits() -> Limits {
         // What a node gives access to is for the container's cgroup to say, as in any image.
         devices: true,
         ..Limits::default()
-    }
-}
-
-/// What stands between a container whose memory is being fetched and pages of zeros.
-///
-/// The kernel asks for what is touched through userfaultfds, which criu lazy-pages has. When the last copy of
-/// one is closed, whoever touches a page that has not come gets zeros and goes on (userfaultfd(2)). So copies
-/// are kept here, with which he waits instead; and if the memory does not come, the container is ended
-/// before they are closed.
-struct Keeper {
-    container: OwnedFd,
-    faults: Vec<OwnedFd>,
-}
-
-impl Keeper {
-    fn of(criu: &Child, container: u32) -> Result<Keeper, Error> {
-        let process = |number: Option<u32>| {
-            let pid = number.and_then(|number| Pid::from_raw(number.cast_signed()));
-            let pid = pid.ok_or(rustix::io::Errno::SRCH)?;
-            pidfd_open(pid, PidfdFlags::empty())
-        };
-        let lost = |errno: rustix::io::Errno| Error::from(runtime::Error::Lost(errno.into()));
-        let container = process(Some(container)).map_err(lost)?;
-        let number = criu.id();
-        let criu = process(number).map_err(lost)?;
-        let directory = PathBuf::from(format!("/proc/{}/fd", number.unwrap_or_default()));
-        let open = std::fs::read_dir(&directory).map_err(Error::file("read", &directory))?;
-        let mut faults = Vec::new();
-        for entry in open.flatten() {
-            let leads_to = std::fs::read_link(entry.path()).unwrap_or_default();
-            let name = entry.file_name();
-            let number = name.to_str().and_then(|name| name.parse().ok());
-            if let (USERFAULTFD, Some(number)) = (leads_to.to_str().unwrap_or_default(), number) {
-                let copy = pidfd_getfd(&criu, number, PidfdGetfdFlags::empty());
-                faults.push(copy.map_err(lost)?);
-            }
-        }
-        Ok(Keeper { container, faults })
-    }
-
-    /// Waits until all of the memory is there, and ends the container if it does not come.
-    async fn watch(self, mut criu: Child, work: PathBuf) -> Result<(), Error> {
-        let status = criu.wait().await.map_err(runtime::Error::Lost)?;
-        if status.success() {
-            return Ok(());
-        }
-        tracing::error!(%status, "the container's memory does not come: it is ended");
-        // It may have ended by itself.
-        let _ = pidfd_send_signal(&self.container, Signal::KILL);
-        drop(self.faults);
-        Err(runtime::Error::Failed {
-            program: "criu lazy-pages".to_owned(),
-            status: status.to_string(),
-            said: failure_log(&work, FailureLog::LazyPages).unwrap_or_default(),
-        }
-        .into())
     }
 }
 
