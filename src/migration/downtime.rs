@@ -158,4 +158,34 @@ mod tests {
             "{total:?} {sum:?}"
         );
     }
+
+    #[test]
+    fn it_goes_on_until_the_container_answers() {
+        let mut downtime = Downtime::default();
+        downtime.begin(Instant::now());
+        downtime.part(Part::Restore);
+        downtime.end(Part::Release);
+        let (ended, parts) = (downtime.total(), downtime.parts.clone());
+        // It has answered before packets were let go.
+        downtime.prolong_until(Duration::ZERO, Part::Fetch);
+        assert_eq!(downtime.total(), ended);
+        std::thread::sleep(Duration::from_millis(2));
+        let answered = Duration::from_millis(1);
+        downtime.prolong_until(answered, Part::Fetch);
+        let fetch = downtime.parts[parts.len()];
+        assert_eq!(fetch.part, Part::Fetch);
+        assert_eq!(fetch.took + parts[1].took, answered);
+        assert_eq!(downtime.total(), ended + fetch.took);
+        // What another host says is no longer than it can be.
+        let mut other = Downtime::default();
+        other.begin(Instant::now());
+        other.part(Part::Restore);
+        other.end(Part::Release);
+        other.prolong_until(Duration::MAX, Part::Fetch);
+        assert!(
+            other.total() < Duration::from_secs(60),
+            "{:?}",
+            other.total()
+        );
+    }
 }
