@@ -3,7 +3,7 @@
 //! The states are drawn in [`protocol`](super::protocol). Each migration is one [`Session`] with a
 //! journal of its own; requests for one migration run one after the other, those for different
 //! migrations side by side. Here is which request does what; what that is follows in the order in which
-//! they come: [`arrival`], with [`direct`] for what goes ahead, and [`end`]. Of migrations that an earlier
+//! they come: [`arrival`], with [`direct`] for what goes ahead, [`persist`], and [`end`]. Of migrations that an earlier
 //! agent began there is only the journal: [`left_behind`].
 
 use std::collections::{BTreeMap, HashMap};
@@ -36,6 +36,7 @@ mod arrival;
 mod direct;
 mod end;
 mod left_behind;
+mod persist;
 
 /// The largest container that is taken, in bytes: more memory than a host has.
 const CONTAINER: u64 = 16 << 40;
@@ -213,15 +214,22 @@ impl Sessions {
                 let status = match self.find(&caller, id.as_str()) {
                     Ok((_, session)) => {
                         let session = session.lock().await;
-                        Ok(Status {
+                        let lasting = match session.stage {
+                            Stage::Running => self.persist(&session.journal).await,
+                            _ => Ok(()),
+                        };
+                        lasting.map(|()| Status {
                             stage: session.stage,
                             running: session.running.clone(),
                         })
                     }
-                    Err(_) => self.stage_left_behind(&id).await.map(|stage| Status {
-                        stage,
-                        running: None,
-                    }),
+                    Err(_) => {
+                        let stage = self.lasting_stage_left_behind(&id).await;
+                        stage.map(|stage| Status {
+                            stage,
+                            running: None,
+                        })
+                    }
                 };
                 said(status)
             }

@@ -1,13 +1,13 @@
-//! The source forgets the container. There is no way back: nothing here fails, what cannot be done is
-//! reported.
+//! The source forgets the container, when it is sure that the destination has it. From then on there is no way
+//! back: nothing fails, what cannot be done is reported.
 
 use std::time::Duration;
 
 use hyper::Method;
 
 use super::undo::remove_staging;
-use super::{Effect, Leftover, Migration, Part, flows, forwarding, path};
-use crate::agent::protocol::{Fetched, Nothing};
+use super::{Effect, Leftover, Migration, Part, connect, flows, forwarding, path};
+use crate::agent::protocol::{Fetched, Nothing, Stage, Status};
 use crate::podman::{Client, Container, RemoveOptions};
 use crate::{Error, Result};
 
@@ -15,6 +15,14 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     let container = migration.preflight.container.clone();
     let keep_volumes = migration.request.keep_volumes;
     serve_memory(migration).await?;
+    if let Err(cause) = still_runs(migration).await {
+        // `livemig recover` asks again, and lets it go on here if it runs there no more.
+        migration.clear_hold().await;
+        return Err(Error::InDoubt {
+            cause: Box::new(cause),
+            destination: migration.request.to.clone(),
+        });
+    }
     // If this cannot be written, a crash from here on finds the destination saying that it runs.
     if let Err(error) = migration.journal.commit() {
         // Not a word to the destination: it has to know of the migration if it is asked.
@@ -28,15 +36,18 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
         .connection
         .call(Method::POST, &path, &Nothing {})
         .await;
+    // While it does not answer, nobody knows whether it has lost its power after all.
+    let mut gone = told.is_ok();
     migration.note(
         "telling the destination that it is over",
         told.map(|Nothing {}| ()).map_err(Into::into),
     );
     migration.clear_hold().await;
-    let mut gone = true;
-    for (what, result) in forget(&migration.hands.podman, &container, keep_volumes).await {
-        gone &= result.is_ok();
-        migration.note(what, result);
+    if gone {
+        for (what, result) in forget(&migration.hands.podman, &container, keep_volumes).await {
+            gone &= result.is_ok();
+            migration.note(what, result);
+        }
     }
     // What is still there must stay quiet.
     if let Some(fence) = migration.fence.take().filter(|_| gone) {
@@ -68,6 +79,36 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     let shortened = path::shorten(migration).await;
     migration.note("the paths of older connections", shortened);
     Ok(())
+}
+
+/// Makes sure that the destination still runs the container, and has it on its disk, which it has when it says
+/// so this time: its host may have lost its power since the first.
+async fn still_runs(migration: &mut Migration<'_>) -> Result<()> {
+    let path = format!("/v1/migrations/{}", migration.id);
+    let asked = migration
+        .connection
+        .call(Method::GET, &path, &Nothing {})
+        .await;
+    let runs = match asked {
+        Ok(Status { stage, .. }) => stage == Stage::Running,
+        Err(_) => {
+            let (peer, patience) = (
+                &migration.request.to,
+                migration.request.config.doubt_timeout,
+            );
+            let runs = migration
+                .hands
+                .runs_at(peer, &migration.id, patience)
+                .await?;
+            // What has been silent once is not waited for again.
+            migration.connection = connect(&migration.request.config, &migration.peer).await?;
+            runs
+        }
+    };
+    match runs {
+        true => Ok(()),
+        false => Err(Error::NotThere(migration.request.to.clone())),
+    }
 }
 
 /// Serves the destination the memory that it does not have yet, until it says that it has all of it. If that

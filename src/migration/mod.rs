@@ -103,7 +103,7 @@ use lock::Lock;
 /// Before anything was changed: whatever the preflight found, as [`Error::Refused`] and others of
 /// [`Class::Refused`](crate::Class::Refused). Later: [`Error::RolledBack`], with the container running
 /// at the source, or [`Error::InDoubt`], with the container frozen at the source because the
-/// destination does not say whether it runs there.
+/// destination does not say whether it runs there, or does not any more.
 pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<Report> {
     // Once packets are let go, peers have heard the copy: taking it back would break them.
     if let Some(phase) = request.rehearse.filter(|last| *last >= Phase::Steer) {
@@ -116,6 +116,7 @@ pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<R
     let mut migration = Migration::begin(request, ready, clock)?;
     match migration.forward().await {
         Ok(()) => Ok(migration.report()),
+        Err(doubt @ Error::InDoubt { .. }) => Err(doubt),
         Err(error) if migration.let_go => {
             migration.note("finishing", Err(error));
             Ok(migration.report())

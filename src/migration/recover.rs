@@ -100,7 +100,7 @@ async fn recover_one(
     hands.kept_here = journal.kept_here();
     let finished = journal.committed();
     let leftovers = if finished {
-        finish(&hands, &journal).await
+        finish(&hands, &journal, keep).await
     } else {
         unwind(&mut hands, &journal, observer)
             .await
@@ -156,7 +156,9 @@ async fn runs_elsewhere(hands: &Hands, journal: &Journal, keep: Option<Keep>) ->
 }
 
 /// Does what a commit had begun, or would have.
-async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
+///
+/// The container goes only when the destination has answered, or when the operator says that it is to be there.
+async fn finish(hands: &Hands, journal: &Journal, keep: Option<Keep>) -> Vec<Leftover> {
     let mut leftovers = Vec::new();
     let mut note = |what: &str, result: Result<()>| {
         if let Err(error) = result {
@@ -171,17 +173,21 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
         _ => None,
     });
     let mut gone = true;
+    for effect in journal.effects() {
+        if let Effect::Destination {
+            peer,
+            migration,
+            asked: Asked::Restore,
+        } = effect
+        {
+            let told = hands.hand_over(peer, migration).await;
+            gone &= told.is_ok() || keep == Some(Keep::Destination);
+            note("telling the destination", told);
+        }
+    }
     // From the last to the first, so the container goes while it is still fenced.
     for effect in journal.effects().iter().rev() {
         match effect {
-            Effect::Destination {
-                peer,
-                migration,
-                asked: Asked::Restore,
-            } => note(
-                "telling the destination",
-                hands.hand_over(peer, migration).await,
-            ),
             Effect::Forwarding { container, .. } => note(
                 "the way of new connections",
                 forwarding::complete(&hands.config, container).await,
@@ -193,7 +199,7 @@ async fn finish(hands: &Hands, journal: &Journal) -> Vec<Leftover> {
             Effect::Forget {
                 container,
                 keep_volumes,
-            } => match hands.podman.inspect(container.as_str()).await {
+            } if gone => match hands.podman.inspect(container.as_str()).await {
                 // It has come back, and runs: what was to be forgotten is frozen.
                 Ok(container)
                     if container.is_running()

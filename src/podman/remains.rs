@@ -21,7 +21,7 @@ use crate::runtime::THAW;
 /// The temporary directory of Podman's service, unless it is told otherwise.
 const TEMPORARY: &str = "/var/tmp";
 /// What the names of its archives begin with; the rest is a number. (`os.CreateTemp` in
-/// `pkg/api/handlers/libpod/containers.go`.)
+/// `pkg/api/handlers/libpod/containers.go`; and `os.MkdirTemp`, for what it looks at before a restore.)
 const CHECKPOINT: &str = "checkpoint";
 const RESTORE: &str = "restore";
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -40,7 +40,11 @@ pub(crate) fn sweep() {
     for (path, about) in archives(&[CHECKPOINT, RESTORE]) {
         if is_orphan(&about, &services) {
             tracing::info!(path = %path.display(), "removing what a Podman left that died");
-            if let Err(error) = std::fs::remove_file(&path) {
+            let removed = match about.is_dir() {
+                true => std::fs::remove_dir_all(&path),
+                false => std::fs::remove_file(&path),
+            };
+            if let Err(error) = removed {
                 tracing::warn!(path = %path.display(), %error, "it could not be removed");
             }
         }
@@ -244,7 +248,7 @@ fn services() -> Vec<SystemTime> {
         .collect()
 }
 
-/// Files that root's Podman has made with such a name.
+/// What root's Podman has made with such a name.
 fn archives(prefixes: &'static [&'static str]) -> impl Iterator<Item = (PathBuf, Metadata)> {
     let files = std::fs::read_dir(TEMPORARY).into_iter().flatten().flatten();
     files.filter_map(move |file| {
@@ -257,7 +261,7 @@ fn archives(prefixes: &'static [&'static str]) -> impl Iterator<Item = (PathBuf,
         let about = file.metadata().ok()?;
         let is_one = !number.is_empty()
             && number.bytes().all(|byte| byte.is_ascii_digit())
-            && about.is_file()
+            && (about.is_file() || about.is_dir())
             && about.uid() == rustix::process::geteuid().as_raw();
         is_one.then(|| (file.path(), about))
     })

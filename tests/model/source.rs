@@ -101,30 +101,25 @@ impl State {
                 self.ask(Verb::Commit, At::AwaitCommitted),
             ),
             At::LetGo => good(
-                "source: journal `committed`",
-                self.but(|state| {
-                    state.outgoing = Outgoing::Committed;
-                    state.at = At::Committed;
-                }),
+                "source: ask whether the copy still runs",
+                self.ask(Verb::Get, At::AwaitStill),
             ),
             At::Committed => good(
                 "source: tell that it is over",
                 self.ask(Verb::Commit, At::AwaitCommitted),
             ),
-            At::Told(heard) => good(
+            At::Told => good(
                 "source: remove the original",
                 self.but(|state| {
                     state.outgoing = Outgoing::Committed;
                     state.original = Original::Removed;
-                    state.at = At::Forgot(heard);
+                    state.at = At::Forgot;
                 }),
             ),
-            At::Forgot(heard) => good(
+            At::Forgot => good(
                 "source: end",
                 self.but(|state| {
-                    if heard {
-                        state.outgoing = Outgoing::None;
-                    }
+                    state.outgoing = Outgoing::None;
                     state.at = At::Gone;
                 }),
             ),
@@ -172,18 +167,18 @@ impl State {
                 _ => good("recover: undo", self.go(At::Undo)),
             },
             At::Finish => good(
+                "recover: tell that it is over",
+                self.ask(Verb::Commit, At::AwaitHandedOver),
+            ),
+            At::HandedOver => good(
                 "recover: remove the original",
                 self.but(|state| {
                     // One that runs again is not the one that was to be forgotten.
                     if state.original != Original::Runs {
                         state.original = Original::Removed;
                     }
-                    state.at = At::Finished;
+                    state.at = At::Forgot;
                 }),
-            ),
-            At::Finished => good(
-                "recover: tell that it is over",
-                self.ask(Verb::Commit, At::AwaitHandedOver),
             ),
             At::Gone => {
                 if self.outgoing != Outgoing::None {
@@ -192,6 +187,7 @@ impl State {
             }
             At::AwaitPrepared
             | At::AwaitRunning
+            | At::AwaitStill
             | At::AwaitCommitted
             | At::AwaitUndone
             | At::AwaitTidied
@@ -212,9 +208,6 @@ impl State {
             match self.at {
                 At::AwaitPrepared | At::AwaitRunning => {
                     steps.push(("source: no answer, undo", fault, state.go(At::Undo)));
-                }
-                At::AwaitCommitted => {
-                    steps.push(("source: no answer, go on", fault, state.go(At::Told(false))));
                 }
                 At::AwaitUndone if !rules.thaw_only_when_undone => {
                     steps.push((
@@ -237,10 +230,7 @@ impl State {
             }
         }
         // In doubt, or with something left: the journal stays.
-        if !matches!(
-            self.at,
-            At::AwaitPrepared | At::AwaitRunning | At::AwaitCommitted
-        ) {
+        if !matches!(self.at, At::AwaitPrepared | At::AwaitRunning) {
             for state in self.ended(rules) {
                 steps.push(("source: no answer, end in doubt", fault, state));
             }
@@ -253,14 +243,18 @@ impl State {
             (At::AwaitPrepared, _) => self.go(At::Undo),
             (At::AwaitRunning, Answer::Running) => self.go(At::Heard),
             (At::AwaitRunning, _) => self.go(At::Undo),
-            (At::AwaitCommitted, answer) => self.go(At::Told(answer == Answer::Committed)),
+            (At::AwaitStill, Answer::Runs(true)) => self.but(|state| {
+                state.outgoing = Outgoing::Committed;
+                state.at = At::Committed;
+            }),
+            (At::AwaitCommitted, Answer::Committed) => self.go(At::Told),
+            (At::AwaitHandedOver, Answer::Committed) => self.go(At::HandedOver),
             (At::AwaitUndone, Answer::Undone) => self.go(At::Undone),
             (At::AwaitUndone, _) => self.go(At::Undo),
-            (At::AwaitTidied | At::AwaitHandedOver, Answer::Undone | Answer::Committed) => self
-                .but(|state| {
-                    state.outgoing = Outgoing::None;
-                    state.at = At::Gone;
-                }),
+            (At::AwaitTidied, Answer::Undone | Answer::Committed) => self.but(|state| {
+                state.outgoing = Outgoing::None;
+                state.at = At::Gone;
+            }),
             (At::AwaitStage, Answer::Runs(true)) => self.but(|state| {
                 state.outgoing = Outgoing::Committed;
                 state.at = At::Finish;

@@ -65,11 +65,13 @@ pub enum At {
     AwaitRunning,
     Heard,
     LetGo,
+    /// Whether the copy still runs.
+    AwaitStill,
     Committed,
     AwaitCommitted,
-    /// The destination was told that it is over; whether it answered.
-    Told(bool),
-    Forgot(bool),
+    /// The destination has answered that it is over.
+    Told,
+    Forgot,
     // Back, also in `recover`.
     Undo,
     AwaitUndone,
@@ -81,8 +83,8 @@ pub enum At {
     Recover,
     AwaitStage,
     Finish,
-    Finished,
     AwaitHandedOver,
+    HandedOver,
 }
 
 /// The last decisive line of the source's journal.
