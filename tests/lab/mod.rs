@@ -540,6 +540,33 @@ impl Node {
         assert!(status.success(), "crash {}", self.name);
     }
 
+    /// Ends a virtual machine at once. What it has not written to its disk is lost.
+    pub async fn cut_power(&self) {
+        self.machine("cut").await;
+    }
+
+    /// Starts a virtual machine again whose power was cut, and returns when it has started everything.
+    pub async fn restore_power(&self) {
+        self.machine("boot").await;
+    }
+
+    async fn machine(&self, verb: &str) {
+        let output = Command::new(MACHINES)
+            .args(["--id", &self.lab, verb, &self.name])
+            .stdin(Stdio::null())
+            .output();
+        let output = tokio::time::timeout(self.bound, output)
+            .await
+            .unwrap_or_else(|_| panic!("{verb} {}: not through in {:?}", self.name, self.bound))
+            .expect("the machines' script can be run");
+        assert!(
+            output.status.success(),
+            "{verb} {}: {}",
+            self.name,
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
     /// All that a migration may change on a host, in a form that can be compared.
     pub async fn census(&self) -> Census {
         let output = self.exec(&["sh", "-c", CENSUS]).await;

@@ -4,25 +4,32 @@
 //! kernel (`ip`, `wg`), nftables' queue (`nft monitor`), soft-dirty tracking (`criu check`), systemd. A
 //! client on a third machine checks every answer over one TCP connection.
 //!
-//! `LIVEMIG_VM_RUNTIMES`, `_ENGINES` and `_WORKLOADS` choose among them, by their names in the table.
+//! `LIVEMIG_VM_RUNTIMES`, `_ENGINES` and `_WORKLOADS` choose among them, by their names in the table;
+//! `LIVEMIG_VM_PARTS` among these `migrations` and what comes after them, `clocks` and `power`.
 //!
 //! `demo` moves a small container with each engine and says what came of it; `test` moves one for every
 //! runtime, workload and engine, and writes `target/bench/vm.json`. Software emulation makes everything
 //! some ten times slower, and not evenly so: of its figures only ratios mean anything.
 
+#[path = "clocks.rs"]
+mod clocks;
 #[path = "../lab/mod.rs"]
 mod lab;
+#[path = "power.rs"]
+mod power;
 #[path = "../../benches/record/mod.rs"]
 mod record;
 #[path = "rounds.rs"]
 mod rounds;
+#[path = "standstill.rs"]
+mod standstill;
 
 use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use lab::{IMAGE, Lab, Node};
+use lab::{IMAGE, Lab, Node, gate};
 use record::number;
 use serde_json::{Value, json};
 
@@ -150,8 +157,10 @@ async fn main() -> ExitCode {
         eprintln!("not through after {BOUND:?}; at last it did this: {doing}");
         return ExitCode::FAILURE;
     };
-    table(&cells);
-    if all {
+    if !cells.is_empty() {
+        table(&cells);
+    }
+    if all && !cells.is_empty() {
         record::write_json("vm.json", &json!(cells));
         downtimes(&cells);
     }
@@ -169,7 +178,13 @@ async fn migrations(clock: &Clock, all: bool) -> Vec<Value> {
     introduce(clock, a, b).await;
     let mut cells: Vec<Value> = Vec::new();
     let mut now = "";
-    for case in cases(all) {
+    let parts = record::choice("LIVEMIG_VM_PARTS", "migrations,clocks,power");
+    let part = |name: &str| parts.iter().any(|part| part == name);
+    let cases = match part("migrations") {
+        true => cases(all),
+        false => Vec::new(),
+    };
+    for case in cases {
         if case.runtime != now {
             now = case.runtime;
             tokio::join!(choose_runtime(clock, a, now), choose_runtime(clock, b, now));
@@ -182,6 +197,12 @@ async fn migrations(clock: &Clock, all: bool) -> Vec<Value> {
             rounds::stand_still_only_for_criu(clock, &lab).await;
             rounds::struck_in_the_midst(clock, &lab).await;
         }
+    }
+    if all && part("clocks") {
+        clocks::jump(clock, &lab).await;
+    }
+    if all && part("power") {
+        power::cut_in_the_midst(clock, &lab).await;
     }
     lab.down().await;
     cells
