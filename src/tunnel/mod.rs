@@ -257,6 +257,28 @@ const INTERFACE_LOCK: Duration = Duration::from_secs(60);
 const PORTS: u16 = 255;
 /// A session key older than this is not used any more (REJECT_AFTER_TIME, WireGuard paper, 6.1).
 const SESSION: Duration = Duration::from_secs(180);
+
+/// Whether a session is used that began then, on a host whose clock was set forward since the peer was let in.
+fn is_fresh(handshake: SystemTime, set_forward: Duration) -> bool {
+    // A clock that was set back makes a handshake of the future: fresh enough.
+    let age = handshake.elapsed().unwrap_or_default();
+    // The handshake may have been before that or after it.
+    age < SESSION || (set_forward..set_forward + SESSION).contains(&age)
+}
+
+/// By how much this host's clock was set forward since the peer was let in.
+fn set_forward(connection: &Connection) -> Duration {
+    let (then, now) = (connection.host_started, host_started());
+    let further = then.zip(now).map(|(then, now)| now.saturating_sub(then));
+    Duration::from_secs(further.unwrap_or_default())
+}
+
+/// When this host was started, in seconds since 1970 by its clock as it is now (`btime` in proc_stat(5)).
+fn host_started() -> Option<u64> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let started = stat.lines().find_map(|line| line.strip_prefix("btime "))?;
+    started.trim().parse().ok()
+}
 /// The discard service (RFC 863): whether it exists does not matter, the packet only has to leave.
 const DISCARD: u16 = 9;
 
@@ -455,7 +477,7 @@ impl Tunnels {
             });
         };
         let (v4, v6) = choose(own.party(), peer.party())?;
-        let connection = Connection {
+        let mut connection = Connection {
             peer_key: peer.public_key,
             // A caller's address, at an agent that listens for both families, is an IPv4 address within
             // an IPv6 one. It has to be the same by which this host calls: another one is another peer,
@@ -464,10 +486,15 @@ impl Tunnels {
             v4,
             v6,
             mtu: own.mtu.max(peer.mtu),
+            host_started: host_started(),
         };
-        let same_peer = record.connection.as_ref().is_some_and(|old| {
+        let same_peer = record.connection.as_ref().filter(|old| {
             (old.peer_key, old.endpoint) == (connection.peer_key, connection.endpoint)
         });
+        if let Some(old) = same_peer {
+            connection.host_started = old.host_started;
+        }
+        let same_peer = same_peer.is_some();
         let netlink = Netlink::open(&spec.interface)?;
         netlink
             .bring_up(within(spec.backend, connection.mtu))
@@ -514,8 +541,7 @@ impl Tunnels {
             let status = self.status_of(&record.spec).await?;
             let fresh = status
                 .last_handshake
-                // A clock that was set back makes a handshake of the future: fresh enough.
-                .is_some_and(|at| at.elapsed().unwrap_or_default() < SESSION);
+                .is_some_and(|at| is_fresh(at, set_forward(&connection)));
             if fresh {
                 // For the peer's `verify_full_size`: one more, should the first have been lost.
                 probe(&connection, within(record.spec.backend, connection.mtu)).await;

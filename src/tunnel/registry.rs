@@ -52,6 +52,10 @@ pub struct Connection {
     pub v6: Option<Ends>,
     /// The largest packet that the interface takes, in bytes.
     pub mtu: u16,
+    /// When this host was started, in seconds since 1970 by its clock as it was when the peer was let in. What
+    /// it is now differs from that by how far the clock was set.
+    #[serde(default)]
+    pub host_started: Option<u64>,
 }
 
 /// The record of a hop.

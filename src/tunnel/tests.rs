@@ -807,3 +807,16 @@ fn a_proposal_is_checked_where_it_comes_in() {
         );
     }
 }
+
+#[test]
+fn a_clock_that_was_set_forward_does_not_make_a_session_old() {
+    const JUMP: Duration = Duration::from_secs(5 * 3600);
+    let ago = |age: Duration| SystemTime::now() - age;
+    let (young, old) = (Duration::from_secs(100), Duration::from_secs(200));
+    assert!(super::is_fresh(ago(young), Duration::ZERO));
+    assert!(!super::is_fresh(ago(old), Duration::ZERO));
+    assert!(super::is_fresh(ago(JUMP + young), JUMP), "before the jump");
+    assert!(super::is_fresh(ago(young), JUMP), "after it");
+    assert!(!super::is_fresh(ago(JUMP + old), JUMP));
+    assert!(super::host_started().is_some());
+}
