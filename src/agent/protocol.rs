@@ -32,6 +32,8 @@
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  POST /v1/migrations/ID/fetched  (with post-copy) ▶ when all of the memory is there
 //!    │  ◀───────────────────────────────────── Nothing
+//!    │  GET  /v1/migrations/ID ────────────────────────▶
+//!    │  ◀────────────────────────────────────── Status    runs still, and all of it is on the disk
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo
 //!    │  ◀───────────────────────────────────── Nothing
 //!
