@@ -297,6 +297,14 @@ impl Journal {
     }
 }
 
+impl Drop for Journal {
+    fn drop(&mut self) {
+        // Closing it is not enough: a process that is just being started has the file as well, until it becomes
+        // another program. What cannot be unlocked is, when that has happened.
+        let _ = flock(&self.file, FlockOperation::NonBlockingUnlock);
+    }
+}
+
 /// Takes possession of a journal for as long as its file is open.
 fn own(file: &File, path: &Path) -> Result<(), JournalError> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
