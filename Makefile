@@ -90,7 +90,9 @@ prepare-vm: prepare ## build and cache what test-vm and demo-vm need besides
 
 .PHONY: test-vm
 test-vm: prepare-vm ## migrations between two emulated machines: kernel WireGuard, nftables' queue, soft-dirty (root)
-	cargo bench --profile $(VM_PROFILE) --bench vm -- test
+	LIVEMIG_VM_PARTS=migrations cargo bench --profile $(VM_PROFILE) --bench vm -- test
+	@# Only debug builds can be stopped at a chosen moment.
+	LIVEMIG_VM_PARTS=clocks,power cargo bench --profile dev --bench vm -- test
 
 .PHONY: demo-vm
 demo-vm: prepare-vm ## one of them, step by step (root)
