@@ -124,6 +124,12 @@ pub enum Error {
     /// A host was to keep a container, and says that it does not run it.
     #[error("{0} says that it does not run the container: it cannot keep it")]
     NotThere(String),
+    /// The container ran at the destination, peers may have heard it, and it has ended there.
+    #[error(
+        "{0} ran the container and does not run it any more, as after a power cut: here it stands frozen as it \
+         was when it moved"
+    )]
+    NoLongerThere(String),
     /// The container could not be saved, for a reason that only CRIU's log tells.
     #[error("{source}; CRIU says: {reason}")]
     Dump {
@@ -316,7 +322,7 @@ impl Error {
                 Class::Interrupted
             }
             Error::RolledBack { .. } => Class::RolledBack,
-            Error::InDoubt { .. } => Class::InDoubt,
+            Error::InDoubt { .. } | Error::NoLongerThere(_) => Class::InDoubt,
             _ => Class::Unexpected,
         }
     }
@@ -346,6 +352,7 @@ impl Error {
             Error::RolledBack { cause, .. } => cause.code(),
             Error::InDoubt { .. } => "in-doubt",
             Error::NotThere(_) => "not-there",
+            Error::NoLongerThere(_) => "no-longer-there",
             Error::Forgotten(_) => "forgotten",
             Error::TooManyIncoming { .. } => "too-many-incoming",
             Error::Podman(error) if error.is_not_found() => "not-found",
@@ -429,7 +436,9 @@ impl Error {
             )),
             Error::Forgotten(_) => Some("begin again".to_owned()),
             Error::TooManyIncoming { .. } => Some("wait until one of them has ended".to_owned()),
-            Error::NotThere(_) => Some("`livemig recover` lets it go on here".to_owned()),
+            Error::NotThere(_) | Error::NoLongerThere(_) => {
+                Some("`livemig recover` lets it go on here".to_owned())
+            }
             Error::NoContainer(_) => {
                 Some("`livemig ps` lists the containers of this host".to_owned())
             }

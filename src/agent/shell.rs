@@ -277,15 +277,6 @@ impl Shell {
         }
     }
 
-    /// Has the files written to where they are kept.
-    ///
-    /// # Errors
-    /// When a file system fails.
-    pub async fn persist(&self, volumes: &BTreeMap<String, PathBuf>) -> Result<(), Error> {
-        let trees = volumes.values().chain([&self.trees.rootfs]);
-        Ok(bundle::persist(trees.cloned().collect()).await?)
-    }
-
     /// Waits until Podman has taken down that the container runs.
     ///
     /// # Errors

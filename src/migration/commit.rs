@@ -15,13 +15,10 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
     let container = migration.preflight.container.clone();
     let keep_volumes = migration.request.keep_volumes;
     serve_memory(migration).await?;
-    if let Err(cause) = still_runs(migration).await {
+    if let Err(doubt) = still_runs(migration).await {
         // `livemig recover` asks again, and lets it go on here if it runs there no more.
         migration.clear_hold().await;
-        return Err(Error::InDoubt {
-            cause: Box::new(cause),
-            destination: migration.request.to.clone(),
-        });
+        return Err(doubt);
     }
     // If this cannot be written, a crash from here on finds the destination saying that it runs.
     if let Err(error) = migration.journal.commit() {
@@ -83,14 +80,29 @@ pub(super) async fn commit(migration: &mut Migration<'_>) -> Result<()> {
 
 /// Makes sure that the destination still runs the container, and has it on its disk, which it has when it says
 /// so this time: its host may have lost its power since the first.
+///
+/// # Errors
+/// [`Error::NoLongerThere`] if it does not, and [`Error::InDoubt`] if it says nothing.
 async fn still_runs(migration: &mut Migration<'_>) -> Result<()> {
+    let destination = migration.request.to.clone();
+    match runs(migration).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::NoLongerThere(destination)),
+        Err(cause) => Err(Error::InDoubt {
+            cause: Box::new(cause),
+            destination,
+        }),
+    }
+}
+
+async fn runs(migration: &mut Migration<'_>) -> Result<bool> {
     let path = format!("/v1/migrations/{}", migration.id);
     let asked = migration
         .connection
         .call(Method::GET, &path, &Nothing {})
         .await;
-    let runs = match asked {
-        Ok(Status { stage, .. }) => stage == Stage::Running,
+    match asked {
+        Ok(Status { stage, .. }) => Ok(stage == Stage::Running),
         Err(_) => {
             let (peer, patience) = (
                 &migration.request.to,
@@ -102,12 +114,8 @@ async fn still_runs(migration: &mut Migration<'_>) -> Result<()> {
                 .await?;
             // What has been silent once is not waited for again.
             migration.connection = connect(&migration.request.config, &migration.peer).await?;
-            runs
+            Ok(runs)
         }
-    };
-    match runs {
-        true => Ok(()),
-        false => Err(Error::NotThere(migration.request.to.clone())),
     }
 }
 

@@ -93,7 +93,7 @@ use crate::conntrack::hold::{HoldReport, Released};
 use crate::conntrack::{Fence, Flow};
 use crate::criu::{DumpStats, Freezer};
 use crate::tunnel::HopId;
-use crate::{Error, Result};
+use crate::{Class, Error, Result};
 use downtime::Downtime;
 use lock::Lock;
 
@@ -102,8 +102,8 @@ use lock::Lock;
 /// # Errors
 /// Before anything was changed: whatever the preflight found, as [`Error::Refused`] and others of
 /// [`Class::Refused`](crate::Class::Refused). Later: [`Error::RolledBack`], with the container running
-/// at the source, or [`Error::InDoubt`], with the container frozen at the source because the
-/// destination does not say whether it runs there, or does not any more.
+/// at the source, or [`Error::InDoubt`] or [`Error::NoLongerThere`], with the container frozen at the source
+/// because the destination does not say whether it runs there, or ran it and does not any more.
 pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<Report> {
     // Once packets are let go, peers have heard the copy: taking it back would break them.
     if let Some(phase) = request.rehearse.filter(|last| *last >= Phase::Steer) {
@@ -116,7 +116,7 @@ pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<R
     let mut migration = Migration::begin(request, ready, clock)?;
     match migration.forward().await {
         Ok(()) => Ok(migration.report()),
-        Err(doubt @ Error::InDoubt { .. }) => Err(doubt),
+        Err(doubt) if doubt.class() == Class::InDoubt => Err(doubt),
         Err(error) if migration.let_go => {
             migration.note("finishing", Err(error));
             Ok(migration.report())

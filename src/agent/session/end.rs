@@ -105,7 +105,6 @@ impl Sessions {
         session.journal.commit()?;
         if let Some(shell) = session.shell.take() {
             // When this is answered the source removes its own.
-            shell.persist(&session.volumes).await?;
             shell.recorded().await?;
         }
         // The source may not have been able to say so.
