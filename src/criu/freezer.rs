@@ -35,6 +35,10 @@ pub struct Freezer {
     kind: Kind,
 }
 
+/// For how long processes go on that were frozen at a moment when they cannot be traced: as long as it takes to
+/// become another program, as a rule.
+const FOR_THE_CHILD: Duration = Duration::from_micros(500);
+
 /// How often processes that are elsewhere are looked for.
 const ROUNDS: usize = 8;
 
@@ -237,15 +241,17 @@ impl Freezer {
             Kind::Unified => Some(self.watch().map_err(failed)?),
             Kind::Legacy => None,
         };
-        self.write(match self.kind {
-            Kind::Unified => "1",
-            Kind::Legacy => "FROZEN",
-        })?;
+        self.write(self.frozen())?;
         let mut pause = Duration::from_micros(200);
         let mut looks = 0_u32;
         loop {
             if self.try_state().map_err(failed)? == State::Frozen {
-                return Ok(begin.elapsed());
+                if !self.waits_for_a_child()? {
+                    return Ok(begin.elapsed());
+                }
+                self.thaw()?;
+                tokio::time::sleep(FOR_THE_CHILD).await;
+                self.write(self.frozen())?;
             }
             let Some(left) = bound.checked_sub(begin.elapsed()) else {
                 self.thaw()?;
@@ -274,6 +280,25 @@ impl Freezer {
                     }
                 }
             }
+        }
+    }
+
+    /// Whether somebody waits for a child of his to become another program (vfork(2)). The kernel calls him frozen,
+    /// but he cannot be stopped for tracing until the child has done so, which is frozen as well: CRIU would wait
+    /// in vain, 10 s. (`wait_for_vfork_done` in the kernel's `kernel/fork.c`; all others wait where a tracer can
+    /// interrupt them.) The v1 freezer CRIU opens while it stops the processes.
+    fn waits_for_a_child(&self) -> Result<bool> {
+        if self.kind == Kind::Legacy {
+            return Ok(false);
+        }
+        let inside = processes::in_cgroup(&self.path)?;
+        Ok(inside.len() > 1 && processes::any_uninterruptible(&inside))
+    }
+
+    fn frozen(&self) -> &'static str {
+        match self.kind {
+            Kind::Unified => "1",
+            Kind::Legacy => "FROZEN",
         }
     }
 
@@ -683,6 +708,40 @@ mod tests {
         assert_eq!(before, [first.id()]);
         assert_eq!(moved.map(|moved| moved.expect("moved")), [1, 0]);
         assert_eq!(after, both);
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_child_while_frozen() {
+        let mount = mounted(Kind::Unified).expect("a cgroup v2 mount: this test needs one");
+        let path = mount.join(format!("livemig-test-vfork-{}", std::process::id()));
+        std::fs::create_dir(&path).expect("made: this test needs root");
+        // Two shells that start one program after the other: sh does that with vfork(2).
+        let script = "echo $$ >$0/cgroup.procs; while :; do /bin/true; done";
+        let start = |_| Command::new("sh").args(["-c", script]).arg(&path).spawn();
+        let mut shells = [0, 1].map(|number| start(number).expect("started"));
+        let freezer = Freezer {
+            path: path.clone(),
+            kind: Kind::Unified,
+        };
+        let mut waiting = 0;
+        for _ in 0..50 {
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            freezer
+                .freeze(Duration::from_secs(5))
+                .await
+                .expect("frozen");
+            waiting += u32::from(freezer.waits_for_a_child().expect("read"));
+            freezer.thaw().expect("thawed");
+        }
+        for shell in &mut shells {
+            shell.kill().expect("killed");
+            shell.wait().expect("waited");
+        }
+        let end = Instant::now() + Duration::from_secs(5);
+        while std::fs::remove_dir(&path).is_err() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(waiting, 0);
     }
 
     /// On systems that have no v1 freezer there is nothing of it to test.

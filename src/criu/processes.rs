@@ -142,6 +142,17 @@ fn parent(process: &Path) -> Option<u32> {
     field(process, 4)?.parse().ok()
 }
 
+/// Whether a thread of one of these processes waits for something that nothing interrupts (`D` in
+/// proc_pid_stat(5)).
+pub(super) fn any_uninterruptible(pids: &[u32]) -> bool {
+    let threads = pids.iter().flat_map(|pid| {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+        threads.into_iter().flatten().flatten()
+    });
+    let mut states = threads.filter_map(|thread| field(&thread.path(), 3));
+    states.any(|state| state == "D")
+}
+
 /// What a process does: `R`, `S`, `Z`... (proc_pid_stat(5)). Nothing when it is not there any more.
 pub(crate) fn state(pid: u32) -> Option<char> {
     field(&Path::new("/proc").join(pid.to_string()), 3)?
