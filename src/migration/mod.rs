@@ -101,7 +101,7 @@ use lock::Lock;
 ///
 /// # Errors
 /// Before anything was changed: whatever the preflight found, as [`Error::Refused`] and others of
-/// [`Class::Refused`](crate::Class::Refused). Later: [`Error::RolledBack`], with the container running
+/// [`Class::Refused`]. Later: [`Error::RolledBack`], with the container running
 /// at the source, or [`Error::InDoubt`] or [`Error::NoLongerThere`], with the container frozen at the source
 /// because the destination does not say whether it runs there, or ran it and does not any more.
 pub async fn migrate(request: &Request, observer: &mut dyn Observer) -> Result<Report> {
