@@ -925,6 +925,14 @@ fn the_sockets_of_a_namespace_show_what_waits_in_them() {
             .iter()
             .any(|s| s.has_undelivered())
     );
+    let ends = (
+        accepted.local_addr().unwrap(),
+        accepted.peer_addr().unwrap(),
+    );
+    let gone = (ends.0, SocketAddr::new(ends.1.ip(), 1));
+    assert!(!diagnosis.has_sent(&[gone, ends]).unwrap());
     accepted.write_all(b"x").unwrap();
+    assert!(diagnosis.has_sent(&[gone, ends]).unwrap());
+    assert!(!diagnosis.has_sent(&[gone]).unwrap());
     drop(client);
 }

@@ -377,7 +377,8 @@ impl Sessions {
         }
         if let Some(shell) = session.shell.as_ref().filter(|_| session.post_copy) {
             shell.moments().begin();
-            session.answer = Some(tokio::spawn(answer::first(namespace)));
+            let connections = answer::connections(&flows);
+            session.answer = Some(tokio::spawn(answer::first(namespace, connections)));
         }
         // What was carried after it ends here again.
         let after = migration::at_home(&self.config, &container.id)?;

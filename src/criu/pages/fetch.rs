@@ -4,8 +4,8 @@
 //! # Ahead
 //! Each page that the container waits for crosses the network by itself, twice: as a request and as an answer.
 //! What it touches first are its stacks and the data of its libraries, which are short runs of pages; what it
-//! works on is long. So the shortest runs are fetched while its processes are still being made, and are here
-//! when they are asked for.
+//! works on is long, but at its ends may be others that the kernel has put beside it. So the shortest runs and the
+//! ends of long ones are fetched while its processes are still being made, and are here when they are asked for.
 //!
 //! # Pace
 //! CRIU asks for the page that the container waits for, and as long as it waits for none, for the rest in
@@ -32,6 +32,8 @@ use crate::criu::{Error, Result};
 
 /// So many pages are fetched ahead at most: 4 MiB, which cross while CRIU makes a process.
 const AHEAD: u64 = 1024;
+/// As much of a long run is an end: 8 pages.
+const END: u64 = 8;
 /// Of all lists together, no more than this is read to find them, in bytes: 8 MiB, some 400,000 runs.
 const LISTS: u64 = 8 << 20;
 /// How long a run waits, unless something comes after it. (It is a few dozen pages long at the beginning, see
@@ -95,7 +97,7 @@ impl Ahead {
     /// The shortest runs of pages that are still at the source, by the lists among these images. What cannot be
     /// read is left to whoever needs it.
     pub fn of(images: &Path) -> Ahead {
-        let mut runs = Vec::new();
+        let mut whole = Vec::new();
         let mut left = LISTS;
         let entries = std::fs::read_dir(images).into_iter().flatten().flatten();
         for entry in entries {
@@ -109,16 +111,61 @@ impl Ahead {
             };
             let read = file.take(left).read_to_end(&mut list);
             left = left.saturating_sub(read.unwrap_or_default() as u64);
-            let elsewhere = pagemap::runs(&list).filter(|run| run.is_elsewhere() && run.pages > 0);
-            runs.extend(elsewhere.map(|run| (process, run)));
+            let runs = pagemap::runs(&list).filter(|run| run.is_elsewhere() && run.pages > 0);
+            whole.extend(joined(runs).into_iter().map(|run| (process, run)));
         }
-        runs.sort_by_key(|(_, run)| run.pages);
+        whole.sort_by_key(|(_, run)| run.pages);
         let mut room = AHEAD;
-        let fits = |(_, run): &(u64, Run)| {
-            room = room.saturating_sub(run.pages);
-            room > 0
-        };
-        Ahead(runs.into_iter().take_while(fits).collect())
+        let mut ahead = Vec::new();
+        for (process, run) in whole {
+            let parts = match run.pages <= room {
+                true => vec![run],
+                false => run.ends(END).into(),
+            };
+            let pages = parts.iter().map(|run| run.pages).sum();
+            let Some(left) = room.checked_sub(pages) else {
+                break;
+            };
+            room = left;
+            ahead.extend(parts.into_iter().map(|run| (process, run)));
+        }
+        Ahead(ahead)
+    }
+}
+
+/// Runs that follow one another, as one: CRIU ends one where a pipe of its own is full.
+fn joined(runs: impl Iterator<Item = Run>) -> Vec<Run> {
+    let mut joined: Vec<Run> = Vec::new();
+    for run in runs {
+        match joined.last_mut() {
+            Some(last) if last.end() == Some(run.address) => {
+                last.pages = last.pages.saturating_add(run.pages);
+            }
+            _ => joined.push(run),
+        }
+    }
+    joined
+}
+
+impl Run {
+    /// The address behind it.
+    fn end(self) -> Option<u64> {
+        self.address
+            .checked_add(self.pages.checked_mul(page_size())?)
+    }
+
+    /// So many pages at its beginning and at its end; it has more.
+    fn ends(self, pages: u64) -> [Run; 2] {
+        let behind = self.pages.saturating_sub(pages).wrapping_mul(page_size());
+        let address = self.address.wrapping_add(behind);
+        [
+            Run { pages, ..self },
+            Run {
+                address,
+                pages,
+                ..self
+            },
+        ]
     }
 }
 
@@ -519,6 +566,7 @@ mod tests {
                 (1 << 20, 1, lazy | Run::PRESENT),
                 (2 << 20, 900, lazy),
                 (1 << 30, 1 << 20, lazy),
+                ((1 << 30) + (1 << 32), 2 << 20, lazy),
                 (1 << 40, 1, lazy | Run::IN_PARENT),
                 (1 << 41, 0, lazy),
             ],
@@ -531,7 +579,18 @@ mod tests {
             .iter()
             .map(|(process, run)| (*process, run.address, run.pages))
             .collect();
+        let page = page_size();
+        let long =
+            |address: u64, pages: u64| [(address, END), (address + (pages - END) * page, END)];
+        let mut expected = vec![(5 << 20, 2), (0, 3), (6 << 20, 150)];
         // 900 more would be too many.
-        assert_eq!(ahead, [(7, 5 << 20, 2), (1, 0, 3), (7, 6 << 20, 150)]);
+        expected.extend(long(2 << 20, 900));
+        // It is in two parts.
+        expected.extend(long(1 << 30, 3 << 20));
+        let ahead: Vec<_> = ahead
+            .into_iter()
+            .map(|(_, address, pages)| (address, pages))
+            .collect();
+        assert_eq!(ahead, expected);
     }
 }
