@@ -12,14 +12,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::Stream;
 use tokio::net::UnixStream;
-use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::lazy_pages::LazyPages;
 use super::memory::Memory;
 use crate::bundle::{self, Limits, TreeId};
 use crate::criu::joining::Joining;
-use crate::criu::pages::fetch::{Ahead, FirstMoments};
+use crate::criu::pages::fetch::FirstMoments;
 use crate::podman::{self, Client, FailureLog, RestoreOptions, Restored, failure_log};
 use crate::runtime::{
     Arrived, CriuOption, Invocation, OnStandby, Outcome, Rendezvous, Standby, Verb,
@@ -45,8 +44,6 @@ pub(super) struct Shell {
     post_copy: bool,
     /// What fetches it then, and waits for the images.
     lazy_pages: Option<LazyPages>,
-    /// Who waits to hear what goes ahead.
-    ahead: Option<oneshot::Sender<Ahead>>,
     moments: FirstMoments,
     /// The memory, while it is being fetched.
     fetching: Option<JoinHandle<Result<(), Error>>>,
@@ -106,7 +103,6 @@ impl Shell {
                     joining: None,
                     post_copy,
                     lazy_pages: None,
-                    ahead: None,
                     moments: FirstMoments::default(),
                     fetching: None,
                     restoring,
@@ -201,10 +197,6 @@ impl Shell {
     /// [`Error::Restore`] with what CRIU says.
     pub async fn restore(&mut self) -> Result<u32, Error> {
         self.with_podman()?;
-        if let (Some(ahead), images) = (self.ahead.take(), self.images.clone()) {
-            // If nobody waits for it any more, the memory will not come, which CRIU will say.
-            tokio::task::spawn_blocking(move || ahead.send(Ahead::of(&images)));
-        }
         let mut lazy_pages = self.lazy_pages.take();
         if let Some(lazy_pages) = &mut lazy_pages
             && let Err(error) = lazy_pages.go(&self.images).await
@@ -246,17 +238,13 @@ impl Shell {
         Ok(())
     }
 
-    /// Opens the way by which memory comes to CRIU, which asks for it there. What is to be fetched ahead is told
-    /// when the container is about to be restored.
+    /// Opens the way by which memory comes to CRIU, which asks for it there.
     ///
     /// # Errors
     /// [`Error::OutOfOrder`] where none is wanted, or it is open already.
-    pub fn source(&mut self) -> Result<(UnixStream, oneshot::Receiver<Ahead>), Error> {
+    pub fn source(&mut self) -> Result<UnixStream, Error> {
         let criu = self.lazy_pages.as_mut().and_then(LazyPages::pages);
-        let criu = criu.ok_or(Error::OutOfOrder("post-copy"))?;
-        let (ahead, told) = oneshot::channel();
-        self.ahead = Some(ahead);
-        Ok((criu, told))
+        criu.ok_or(Error::OutOfOrder("post-copy"))
     }
 
     /// When the container finds what it needs at first.

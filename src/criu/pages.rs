@@ -13,10 +13,11 @@
 //! come the pages. CRIU waits for an answer after opening, after asking for a parent, and at the end; the
 //! relay gives it, so none has to cross.
 //!
-//! With post-copy the memory stays where it is until it is wanted: see [`fetch`], and [`wanted`] for the
-//! other end.
+//! With post-copy the memory stays where it is until it is wanted: all but what is needed first ([`first`]). See
+//! [`fetch`], and [`wanted`] for the other end.
 
 pub mod fetch;
+pub mod first;
 mod pagemap;
 pub mod relay;
 pub mod wanted;
@@ -69,6 +70,7 @@ impl Layout {
     }
 
     /// What goes before the pages in an answer to that.
+    #[cfg(test)]
     fn add(self, process: u64, run: Run) -> Vec<u8> {
         self.command(ADD, process, run)
     }

@@ -292,19 +292,9 @@ fn command(word: u32, pages: u64, address: u64, memory: u64) -> Vec<u8> {
 fn fetch() -> Named {
     let page = vec![0x55; rustix::param::page_size()];
     let part = |content: &[u8]| [&(content.len() as u16).to_le_bytes(), content].concat();
-    let magic = [0x5456_4319_u32, 0x5608_4025]
-        .map(u32::to_le_bytes)
-        .concat();
-    // The number of a file; then an address, pages and flags, as protobuf has them.
-    let messages: [&[u8]; 2] = [&[8, 1], &[8, 0x80, 0x20, 16, 1, 32, 2]];
-    let entries = messages.map(|message| {
-        let length = (message.len() as u32).to_le_bytes();
-        [&length, message].concat()
-    });
-    let list = [magic, entries.concat()].concat();
     let asked = [
         command(7, 1, 0x1000, 1),
-        command(7, 2, 0x8000, 1),
+        command(7, 1, 0x8000, 1),
         command(0x1023, 0, 0, 0),
     ];
     let present = 6 | 4 << 16;
@@ -315,7 +305,7 @@ fn fetch() -> Named {
         page,
         vec![0; 4],
     ];
-    let fetched = [part(&list), part(&asked.concat()), answers.concat()];
+    let fetched = [part(&asked.concat()), answers.concat()];
     vec![
         ("requests", with(0, asked.concat())),
         ("fetched", with(2, fetched.concat())),

@@ -23,7 +23,7 @@ use crate::agent::protocol::{MigrationId, Nothing};
 use crate::bundle::{self, Progress};
 use crate::criu::pages::Layout;
 use crate::criu::pages::relay::{self, Lists};
-use crate::criu::pages::wanted;
+use crate::criu::pages::{first, wanted};
 use crate::criu::{DumpStats, Freezer};
 use crate::podman::{ContainerId, FailureLog, failure_log};
 use crate::runtime::{Checkpoint, CriuOption, Standby, Thaw, Verb};
@@ -293,7 +293,8 @@ impl Serving {
     }
 }
 
-/// Has CRIU take the frozen container's state, but leave its memory, for which the destination will ask.
+/// Has CRIU take the frozen container's state, but leave all of its memory that it does not need at first, for
+/// which the destination will ask.
 pub(super) async fn leave(shell: &mut Shell, terms: &Terms<'_>) -> Result<()> {
     let within = terms.config().shell_timeout;
     let standby = shell.standby.take();
@@ -312,6 +313,7 @@ pub(super) async fn leave(shell: &mut Shell, terms: &Terms<'_>) -> Result<()> {
             return Err(of_criu(error, &shell.work));
         }
     }
+    first::bring(&mut criu, terms.layout, &shell.images).await?;
     let (pages, mut criu) = criu.into_split();
     let progress = Progress::default();
     let counted = progress.clone();

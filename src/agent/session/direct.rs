@@ -40,14 +40,12 @@ pub(super) fn is_part(path: &[&str]) -> bool {
 pub(super) fn fetched(session: &mut Session, body: Body) -> Result<Response<ReplyBody>, Error> {
     let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
     let layout = layout(&session.offer)?;
-    let (criu, ahead) = shell.source()?;
+    let criu = shell.source()?;
     let moments = shell.moments().clone();
     let (asked, asks) = tokio::io::simplex(ASKED);
     tokio::spawn(async move {
-        // Otherwise it comes to no restore.
-        let Ok(ahead) = ahead.await else { return };
         let pages = StreamReader::new(body.map_err(std::io::Error::other));
-        let fetched = fetch(criu.into_split(), asks, pages, layout, ahead, &moments);
+        let fetched = fetch(criu.into_split(), asks, pages, layout, &moments);
         if let Err(error) = fetched.await {
             tracing::warn!(%error, "memory does not come any more");
         }

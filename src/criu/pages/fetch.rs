@@ -1,11 +1,5 @@
 //! A container's memory on its way to the CRIU that gives it to the container, at the destination, with
-//! post-copy.
-//!
-//! # Ahead
-//! Each page that the container waits for crosses the network by itself, twice: as a request and as an answer.
-//! What it touches first are its stacks and the data of its libraries, which are short runs of pages; what it
-//! works on is long, but at its ends may be others that the kernel has put beside it. So the shortest runs and the
-//! ends of long ones are fetched while its processes are still being made, and are here when they are asked for.
+//! post-copy. What it touches first has come with its images ([`first`](super::first)).
 //!
 //! # Pace
 //! CRIU asks for the page that the container waits for, and as long as it waits for none, for the rest in
@@ -15,27 +9,17 @@
 //! too. They are given whole: who waits for a page of a run that is on its way is forgotten if the page is not in
 //! it (`is_page_queued` and `uffd_io_complete` in `criu/uffd.c`).
 
-use std::collections::HashMap;
-use std::io::Read;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy, copy_buf};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::wanted::{Asking, Request};
-use super::{ADD, Fields, Layout, MOST_PAGES, Run, page_size, pagemap};
+use super::{ADD, Fields, Layout, MOST_PAGES, Run};
 use crate::criu::{Error, Result};
 
-/// So many pages are fetched ahead at most: 4 MiB, which cross while CRIU makes a process.
-const AHEAD: u64 = 1024;
-/// As much of a long run is an end: 8 pages.
-const END: u64 = 8;
-/// Of all lists together, no more than this is read to find them, in bytes: 8 MiB, some 400,000 runs.
-const LISTS: u64 = 8 << 20;
 /// How long a run waits, unless something comes after it. (It is a few dozen pages long at the beginning, see
 /// `update_xfer_len` in `criu/uffd.c`.)
 const PAUSE: Duration = Duration::from_millis(2);
@@ -89,92 +73,6 @@ impl FirstMoments {
     }
 }
 
-/// What is to be fetched ahead: runs of pages of processes, which have their numbers in their own namespace.
-#[derive(Debug, Default)]
-pub struct Ahead(Vec<(u64, Run)>);
-
-impl Ahead {
-    /// The shortest runs of pages that are still at the source, by the lists among these images. What cannot be
-    /// read is left to whoever needs it.
-    pub fn of(images: &Path) -> Ahead {
-        let mut whole = Vec::new();
-        let mut left = LISTS;
-        let entries = std::fs::read_dir(images).into_iter().flatten().flatten();
-        for entry in entries {
-            let name = entry.file_name();
-            let Some(process) = name.to_str().and_then(process_of) else {
-                continue;
-            };
-            let mut list = Vec::new();
-            let Ok(file) = std::fs::File::open(entry.path()) else {
-                continue;
-            };
-            let read = file.take(left).read_to_end(&mut list);
-            left = left.saturating_sub(read.unwrap_or_default() as u64);
-            let runs = pagemap::runs(&list).filter(|run| run.is_elsewhere() && run.pages > 0);
-            whole.extend(joined(runs).into_iter().map(|run| (process, run)));
-        }
-        whole.sort_by_key(|(_, run)| run.pages);
-        let mut room = AHEAD;
-        let mut ahead = Vec::new();
-        for (process, run) in whole {
-            let parts = match run.pages <= room {
-                true => vec![run],
-                false => run.ends(END).into(),
-            };
-            let pages = parts.iter().map(|run| run.pages).sum();
-            let Some(left) = room.checked_sub(pages) else {
-                break;
-            };
-            room = left;
-            ahead.extend(parts.into_iter().map(|run| (process, run)));
-        }
-        Ahead(ahead)
-    }
-}
-
-/// Runs that follow one another, as one: CRIU ends one where a pipe of its own is full.
-fn joined(runs: impl Iterator<Item = Run>) -> Vec<Run> {
-    let mut joined: Vec<Run> = Vec::new();
-    for run in runs {
-        match joined.last_mut() {
-            Some(last) if last.end() == Some(run.address) => {
-                last.pages = last.pages.saturating_add(run.pages);
-            }
-            _ => joined.push(run),
-        }
-    }
-    joined
-}
-
-impl Run {
-    /// The address behind it.
-    fn end(self) -> Option<u64> {
-        self.address
-            .checked_add(self.pages.checked_mul(page_size())?)
-    }
-
-    /// So many pages at its beginning and at its end; it has more.
-    fn ends(self, pages: u64) -> [Run; 2] {
-        let behind = self.pages.saturating_sub(pages).wrapping_mul(page_size());
-        let address = self.address.wrapping_add(behind);
-        [
-            Run { pages, ..self },
-            Run {
-                address,
-                pages,
-                ..self
-            },
-        ]
-    }
-}
-
-/// The process of which this is the list of pages, by its name (`imgset_template` in `criu/image-desc.c`).
-fn process_of(name: &str) -> Option<u64> {
-    let number = name.strip_prefix("pagemap-")?.strip_suffix(".img")?;
-    number.parse().ok()
-}
-
 /// Gives a CRIU the pages that it asks for, from a source: what is written to `asks` is what it is asked for, and
 /// what is read from `pages` are its answers.
 ///
@@ -183,76 +81,49 @@ fn process_of(name: &str) -> Option<u64> {
 /// comes.
 pub async fn fetch(
     criu: (impl AsyncRead + Unpin, impl AsyncWrite + Unpin),
-    mut asks: impl AsyncWrite + Unpin,
-    mut pages: impl AsyncBufRead + Unpin,
+    asks: impl AsyncWrite + Unpin,
+    pages: impl AsyncBufRead + Unpin,
     layout: Layout,
-    ahead: Ahead,
     moments: &FirstMoments,
 ) -> Result<()> {
-    let requests: Vec<u8> = ahead
-        .0
-        .iter()
-        .flat_map(|(process, run)| layout.get(*process, *run))
-        .collect();
-    // No more than a pipe holds, so that whoever answers does not wait for it to be read.
-    asks.write_all(&requests).await.map_err(Error::Relay)?;
-    let mut here = Here::default();
-    for (process, run) in &ahead.0 {
-        here.take(&mut pages, layout, *process, *run).await?;
-    }
+    // How many answers CRIU waits for is for itself to say.
     let (owes, owed) = unbounded_channel();
-    let asking = Asking::new(criu.0, layout);
-    let ask = pass_on(asking, asks, &here, owes, layout, moments);
-    let answer = answer(pages, criu.1, owed, layout);
-    futures::try_join!(ask, answer)?;
+    let ask = pass_on(Asking::new(criu.0, layout), asks, owes, moments);
+    futures::try_join!(ask, answer(pages, criu.1, owed, layout))?;
     Ok(())
 }
 
 /// What a CRIU is to be given next.
 enum Owed {
-    /// These pieces.
-    Pieces(Vec<Bytes>),
     /// What the source answers next.
-    Next,
+    Pages,
     /// All that it still says.
     Rest,
 }
 
-/// Passes on what a CRIU asks for, if it is not here.
+/// Passes on what a CRIU asks for.
 async fn pass_on(
     mut asking: Asking<impl AsyncRead + Unpin>,
     mut asks: impl AsyncWrite + Unpin,
-    here: &Here,
     owes: UnboundedSender<Owed>,
-    layout: Layout,
     moments: &FirstMoments,
 ) -> Result<()> {
     while let Some((bytes, request)) = asking.next().await? {
         let owed = match request {
-            Request::Pages {
-                process,
-                address,
-                pages,
-            } => {
-                if pages == 1 {
-                    moments.asked();
+            Request::Pages { pages: 1, .. } => {
+                moments.asked();
+                Owed::Pages
+            }
+            Request::Pages { .. } => {
+                if moments.go_on() {
+                    let behind = tokio::time::timeout(PAUSE, asking.has_one()).await;
+                    behind.unwrap_or(Ok(false))?;
                 }
-                match here.find(layout, process, address, pages) {
-                    Some(pieces) => Owed::Pieces(pieces),
-                    None => {
-                        if pages > 1 && moments.go_on() {
-                            let behind = tokio::time::timeout(PAUSE, asking.has_one()).await;
-                            behind.unwrap_or(Ok(false))?;
-                        }
-                        Owed::Next
-                    }
-                }
+                Owed::Pages
             }
             Request::End => Owed::Rest,
         };
-        if !matches!(owed, Owed::Pieces(_)) {
-            asks.write_all(&bytes).await.map_err(Error::Relay)?;
-        }
+        asks.write_all(&bytes).await.map_err(Error::Relay)?;
         if owes.send(owed).is_err() {
             break;
         }
@@ -269,19 +140,12 @@ async fn answer(
 ) -> Result<()> {
     while let Some(owed) = owed.recv().await {
         match owed {
-            Owed::Pieces(pieces) => {
-                for piece in pieces {
-                    criu.write_all(&piece).await.map_err(Error::Relay)?;
-                }
-            }
-            Owed::Next => {
+            Owed::Pages => {
                 let (head, run) = answered(&mut pages, layout).await?;
                 criu.write_all(&head).await.map_err(Error::Relay)?;
                 let mut content = (&mut pages).take(run.content());
-                let copied = copy_buf(&mut content, &mut criu)
-                    .await
-                    .map_err(Error::Relay)?;
-                if copied < run.content() {
+                let copied = copy_buf(&mut content, &mut criu).await;
+                if copied.map_err(Error::Relay)? < run.content() {
                     return Err(CUT_OFF);
                 }
             }
@@ -312,56 +176,11 @@ async fn answered(pages: &mut (impl AsyncRead + Unpin), layout: Layout) -> Resul
     }
 }
 
-/// Pages that are here: of which process, at which address.
-#[derive(Debug, Default)]
-struct Here(HashMap<(u64, u64), Bytes>);
-
-impl Here {
-    /// Takes the answer to the question for this run.
-    async fn take(
-        &mut self,
-        pages: &mut (impl AsyncRead + Unpin),
-        layout: Layout,
-        process: u64,
-        asked: Run,
-    ) -> Result<()> {
-        let (_, run) = answered(pages, layout).await?;
-        if run.pages > asked.pages {
-            return Err(Error::Pages("more is answered than was asked for"));
-        }
-        // No more than was asked for.
-        let mut content = vec![0; run.content() as usize];
-        pages.read_exact(&mut content).await.map_err(Error::Relay)?;
-        let mut content = Bytes::from(content);
-        let mut address = asked.address;
-        while !content.is_empty() {
-            let page = content.split_to(page_size() as usize);
-            self.0.insert((process, address), page);
-            address = address.wrapping_add(page_size());
-        }
-        Ok(())
-    }
-
-    /// The answer to a question for pages, if all of them are here.
-    fn find(&self, layout: Layout, process: u64, address: u64, pages: u64) -> Option<Vec<Bytes>> {
-        let run = Run {
-            address,
-            pages,
-            flags: Run::PRESENT,
-        };
-        let head = Bytes::from(layout.add(process, run));
-        let wanted = (0..pages).map(|place| {
-            let at = address.checked_add(place.checked_mul(page_size())?)?;
-            self.0.get(&(process, at)).cloned()
-        });
-        std::iter::once(Some(head)).chain(wanted).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::io::{BufReader, DuplexStream, duplex, split};
 
+    use super::super::page_size;
     use super::*;
 
     const PROCESS: u64 = 3;
@@ -442,21 +261,14 @@ mod tests {
     /// What a CRIU is given of these runs, and what the source is asked for.
     async fn fetched(
         layout: Layout,
-        ahead: &[(u64, u64)],
         wanted: &[(u64, u64)],
         moments: &FirstMoments,
     ) -> (Vec<u64>, Vec<(u64, u64)>) {
         let (asks, here) = duplex(1 << 20);
         let (there, serves) = duplex(1 << 20);
-        let (reads, writes) = split(here);
         let (pages, requests) = split(there);
-        let lazy = |&(address, pages): &(u64, u64)| Run {
-            flags: Run::LAZY,
-            ..run(address, pages)
-        };
-        let ahead = Ahead(ahead.iter().map(|run| (PROCESS, lazy(run))).collect());
         let pages = BufReader::new(pages);
-        let fetching = fetch((reads, writes), requests, pages, layout, ahead, moments);
+        let fetching = fetch(split(here), requests, pages, layout, moments);
         let (asked, given, fetched) =
             futures::join!(source(serves, layout), criu(asks, layout, wanted), fetching);
         fetched.unwrap();
@@ -464,15 +276,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_ahead_is_not_asked_for_again() {
+    async fn what_is_asked_for_is_given_whole_and_in_order() {
         let page = page_size();
         for layout in BOTH {
-            let ahead = [(0, 2), (16 * page, 1)];
-            let wanted = [(page, 1), (0, 9), (32 * page, 1), (16 * page, 1), (0, 2)];
-            let (given, asked) = fetched(layout, &ahead, &wanted, &FirstMoments::default()).await;
-            // In the order in which it was asked for, and whole.
-            assert_eq!(given, [1, 9, 1, 1, 2]);
-            assert_eq!(asked, [(0, 2), (16 * page, 1), (0, 9), (32 * page, 1)]);
+            let wanted = [(0, 90), (100 * page, 1), (200 * page, 3)];
+            let (given, asked) = fetched(layout, &wanted, &FirstMoments::default()).await;
+            assert_eq!(given, [90, 1, 3]);
+            assert_eq!(asked, wanted);
         }
     }
 
@@ -488,9 +298,8 @@ mod tests {
             let (there, serves) = duplex(1 << 20);
             let (pages, asks) = split(there);
             let moments = FirstMoments::default();
-            let ahead = Ahead::default();
             let pages = BufReader::new(pages);
-            let fetching = fetch(split(ours), asks, pages, layout, ahead, &moments);
+            let fetching = fetch(split(ours), asks, pages, layout, &moments);
             let asks_once = async {
                 let mut criu = criu;
                 let request = layout.get(PROCESS, run(page, 90));
@@ -512,85 +321,33 @@ mod tests {
     async fn its_first_moments_are_as_long_as_it_asks_for_pages() {
         let moments = FirstMoments::default();
         moments.begin();
-        fetched(Layout::Wide, &[], &[(0, 1)], &moments).await;
+        fetched(Layout::Wide, &[(0, 1)], &moments).await;
         let took = moments.took();
         assert!(took > Some(Duration::ZERO) && took < Some(QUIET));
         std::thread::sleep(2 * QUIET);
-        fetched(Layout::Wide, &[], &[(0, 1)], &moments).await;
+        fetched(Layout::Wide, &[(0, 1)], &moments).await;
         assert_eq!(moments.took(), took);
     }
 
     #[tokio::test]
     async fn something_else_than_pages_is_not_taken_for_an_answer() {
         let layout = Layout::Wide;
-        let more = Run {
+        let present = Run {
             flags: Run::PRESENT,
             ..run(0, 3)
         };
         let cases = [
             ("no answer", layout.get(PROCESS, run(0, 1))),
-            ("more than was asked for", layout.add(PROCESS, more)),
-            ("a part of one", layout.add(PROCESS, more)[..9].to_vec()),
+            ("a head alone", layout.add(PROCESS, present)),
+            ("a part of one", layout.add(PROCESS, present)[..9].to_vec()),
         ];
         for (what, answer) in cases {
-            let (criu, _stays) = duplex(1 << 10);
-            let ahead = Ahead(vec![(PROCESS, run(0, 2))]);
+            let (mut criu, ours) = duplex(1 << 10);
+            let request = layout.get(PROCESS, run(0, 3));
+            criu.write_all(&request).await.unwrap();
             let (moments, asks) = (FirstMoments::default(), tokio::io::sink());
-            let fetched = fetch(split(criu), asks, &answer[..], layout, ahead, &moments);
-            let refused = fetched.await;
-            assert!(refused.is_err(), "{what}");
+            let fetched = fetch(split(ours), asks, &answer[..], layout, &moments);
+            assert!(fetched.await.is_err(), "{what}");
         }
-    }
-
-    #[test]
-    fn the_shortest_runs_that_are_elsewhere_go_ahead() {
-        let images = tempfile::tempdir().unwrap();
-        let list = |name: &str, runs: &[(u64, u64, u32)]| {
-            let mut list = Vec::new();
-            pagemap::begin(&mut list, 1).unwrap();
-            for (address, pages, flags) in runs {
-                let flags = *flags;
-                let run = Run {
-                    flags,
-                    ..run(*address, *pages)
-                };
-                pagemap::add(&mut list, run).unwrap();
-            }
-            std::fs::write(images.path().join(name), list).unwrap();
-        };
-        let lazy = Run::LAZY;
-        list(
-            "pagemap-1.img",
-            &[
-                (0, 3, lazy),
-                (1 << 20, 1, lazy | Run::PRESENT),
-                (2 << 20, 900, lazy),
-                (1 << 30, 1 << 20, lazy),
-                ((1 << 30) + (1 << 32), 2 << 20, lazy),
-                (1 << 40, 1, lazy | Run::IN_PARENT),
-                (1 << 41, 0, lazy),
-            ],
-        );
-        list("pagemap-7.img", &[(5 << 20, 2, lazy), (6 << 20, 150, lazy)]);
-        list("pagemap-shmem-9.img", &[(0, 1, lazy)]);
-        std::fs::write(images.path().join("pagemap-8.img"), "no list").unwrap();
-        let Ahead(ahead) = Ahead::of(images.path());
-        let ahead: Vec<_> = ahead
-            .iter()
-            .map(|(process, run)| (*process, run.address, run.pages))
-            .collect();
-        let page = page_size();
-        let long =
-            |address: u64, pages: u64| [(address, END), (address + (pages - END) * page, END)];
-        let mut expected = vec![(5 << 20, 2), (0, 3), (6 << 20, 150)];
-        // 900 more would be too many.
-        expected.extend(long(2 << 20, 900));
-        // It is in two parts.
-        expected.extend(long(1 << 30, 3 << 20));
-        let ahead: Vec<_> = ahead
-            .into_iter()
-            .map(|(_, address, pages)| (address, pages))
-            .collect();
-        assert_eq!(ahead, expected);
     }
 }

@@ -32,27 +32,33 @@ pub(super) fn add(list: &mut impl Write, run: Run) -> std::io::Result<()> {
     )
 }
 
-/// The runs of a list, as far as it can be read.
-pub(super) fn runs(list: &[u8]) -> impl Iterator<Item = Run> {
+/// The number of the file that has the pages, and the runs of a list; nothing if it is none.
+pub(super) fn read(list: &[u8]) -> Option<(u32, Vec<Run>)> {
     let magic = MAGIC.map(u32::to_le_bytes).concat();
-    let mut rest = list.strip_prefix(&magic[..]).unwrap_or_default();
-    let mut next = move || {
+    let mut rest = list.strip_prefix(&magic[..])?;
+    let mut next = || {
         let (length, behind) = rest.split_first_chunk::<4>()?;
         let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
         let (entry, behind) = behind.split_at_checked(length)?;
         rest = behind;
         Some(entry)
     };
-    let head = next();
-    std::iter::from_fn(move || {
-        head?;
-        let entry = Entry::decode(next()?).ok()?;
-        Some(Run {
+    let head = Head::decode(next()?).ok()?;
+    let mut runs = Vec::new();
+    while let Some(entry) = next() {
+        let entry = Entry::decode(entry).ok()?;
+        let flags = match (entry.flags, entry.in_parent) {
+            (Some(flags), _) => flags,
+            (None, Some(true)) => Run::IN_PARENT,
+            (None, _) => Run::PRESENT,
+        };
+        runs.push(Run {
             address: entry.address,
             pages: entry.many_pages.unwrap_or(entry.pages.into()),
-            flags: entry.flags.unwrap_or_default(),
-        })
-    })
+            flags,
+        });
+    }
+    rest.is_empty().then_some((head.pages_id, runs))
 }
 
 /// A message, with its length in front of it (`pb_write_one` in `criu/protobuf.c`).
@@ -107,18 +113,21 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn what_is_written_is_read_as_far_as_it_goes(written in proptest::collection::vec((any::<u64>(), any::<u64>(), 0u32..8), 0..8), cut in 0usize..200) {
+        fn what_is_written_is_read_or_is_no_list(written in proptest::collection::vec((any::<u64>(), any::<u64>(), 0u32..8), 0..8), cut in 1usize..200) {
             let (list, written) = list(&written);
-            prop_assert_eq!(runs(&list).collect::<Vec<_>>(), written.clone());
-            let part: Vec<Run> = runs(&list[..cut.min(list.len())]).collect();
-            prop_assert_eq!(&part[..], &written[..part.len()]);
+            prop_assert_eq!(read(&list), Some((7, written.clone())));
+            let part = &list[..list.len() - cut.min(list.len())];
+            if let Some((number, part)) = read(part) {
+                prop_assert_eq!(number, 7);
+                prop_assert_eq!(&part[..], &written[..part.len()]);
+            }
         }
 
         #[test]
-        fn what_is_no_list_has_no_end_that_hangs(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        fn what_is_no_list_has_an_end(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             let magic = MAGIC.map(u32::to_le_bytes).concat();
             let list = [magic, bytes].concat();
-            prop_assert!(runs(&list).count() <= list.len());
+            prop_assert!(read(&list).is_none_or(|(_, runs)| runs.len() <= list.len()));
         }
     }
 }

@@ -227,7 +227,9 @@ mod tests {
             prop_assert_eq!(bytes, content.len() as u64);
             prop_assert_eq!(std::fs::read(directory.path().join("pages-65536.img")).unwrap(), content);
             let pagemap = std::fs::read(directory.path().join("pagemap-1.img")).unwrap();
-            let listed: Vec<u64> = pagemap::runs(&pagemap).map(|run| run.pages).collect();
+            let (number, listed) = pagemap::read(&pagemap).unwrap();
+            prop_assert_eq!(number, 65536);
+            let listed: Vec<u64> = listed.iter().map(|run| run.pages).collect();
             prop_assert_eq!(listed, runs.iter().map(|(pages, _)| *pages).collect::<Vec<_>>());
         }
     }
