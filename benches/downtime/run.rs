@@ -9,8 +9,6 @@ use crate::lab::Node;
 use crate::memory::Watch;
 use crate::workload::{PORT, Workload};
 
-/// How often the client asks, in milliseconds: for as long it may hear nothing at any time.
-pub const PACE_MS: &str = "1";
 /// Before and after: the connection is to be seen at work, and going on.
 const SETTLE: Duration = Duration::from_millis(500);
 /// A client whose packets were dropped asks again after up to twice the time they were dropped for.
@@ -32,7 +30,7 @@ pub async fn measure(known: Known, workload: Workload, engine: Engine) -> Value 
     if workload != Workload::ECHO {
         until_it_listens(client, &address).await;
     }
-    let mut arguments = vec!["client-echo", &address, PORT, "--every-ms", PACE_MS];
+    let mut arguments = vec!["client-echo", &address, PORT, "--every-ms", "1"];
     arguments.extend(["--grace-ms", GRACE_MS]);
     let connected = client.spawn(&arguments).await;
     tokio::time::sleep(SETTLE).await;
