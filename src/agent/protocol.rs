@@ -31,7 +31,7 @@
 //!    │  POST /v1/migrations/ID/release ────────────────▶  what waited there goes to the container
 //!    │  ◀───────────────────────────────────── Nothing
 //!    │  POST /v1/migrations/ID/fetched  (with post-copy) ▶ when all of the memory is there
-//!    │  ◀───────────────────────────────────── Nothing
+//!    │  ◀───────────────────────────────────── Fetched    and when it first answered
 //!    │  GET  /v1/migrations/ID ────────────────────────▶
 //!    │  ◀────────────────────────────────────── Status    runs still, and all of it is on the disk
 //!    │  POST /v1/migrations/ID/commit  ────────────────▶  forgets how to undo

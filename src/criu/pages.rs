@@ -313,7 +313,49 @@ impl Command {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncWriteExt, DuplexStream};
+
+    use super::wanted::{Asking, Request};
     use super::*;
+
+    /// The page at this address of every process.
+    pub(super) fn page(address: u64) -> Vec<u8> {
+        vec![(address / page_size() % 251) as u8; page_size() as usize]
+    }
+
+    /// A CRIU that has every page, until nobody asks any more. Returns what it was asked for: of which process,
+    /// from which address on, how many pages.
+    pub(super) async fn server(ours: DuplexStream, layout: Layout) -> Vec<(u64, u64, u64)> {
+        let (asks, mut answers) = tokio::io::split(ours);
+        let mut asking = Asking::new(asks, layout);
+        let mut asked = Vec::new();
+        while let Ok(Some((_, request))) = asking.next().await {
+            let Request::Pages {
+                process,
+                address,
+                pages,
+            } = request
+            else {
+                answers.write_all(&[0; 4]).await.unwrap();
+                break;
+            };
+            asked.push((process, address, pages));
+            let present = Run {
+                address,
+                pages,
+                flags: Run::PRESENT,
+            };
+            answers
+                .write_all(&layout.add(process, present))
+                .await
+                .unwrap();
+            for place in 0..pages {
+                let page = page(address + place * page_size());
+                answers.write_all(&page).await.unwrap();
+            }
+        }
+        asked
+    }
 
     /// As CRIU sends it.
     pub(super) fn command(

@@ -313,7 +313,8 @@ pub(super) async fn leave(shell: &mut Shell, terms: &Terms<'_>) -> Result<()> {
             return Err(of_criu(error, &shell.work));
         }
     }
-    first::bring(&mut criu, terms.layout, &shell.images).await?;
+    let bytes = first::bring(&mut criu, terms.layout, &shell.images).await?;
+    tracing::debug!(bytes, "what is needed first goes with the images");
     let (pages, mut criu) = criu.into_split();
     let progress = Progress::default();
     let counted = progress.clone();

@@ -160,7 +160,10 @@ async fn answer(
 const CUT_OFF: Error = Error::Pages("an answer is cut off");
 
 /// The head of an answer, and which pages follow it.
-async fn answered(pages: &mut (impl AsyncRead + Unpin), layout: Layout) -> Result<(Vec<u8>, Run)> {
+pub(super) async fn answered(
+    pages: &mut (impl AsyncRead + Unpin),
+    layout: Layout,
+) -> Result<(Vec<u8>, Run)> {
     let mut head = vec![0; layout.length()];
     pages.read_exact(&mut head).await.map_err(Error::Relay)?;
     match Fields::read(&head, layout) {
@@ -181,6 +184,7 @@ mod tests {
     use tokio::io::{BufReader, DuplexStream, duplex, split};
 
     use super::super::page_size;
+    use super::super::tests::{page as right, server};
     use super::*;
 
     const PROCESS: u64 = 3;
@@ -192,43 +196,6 @@ mod tests {
             pages,
             flags: 0,
         }
-    }
-
-    /// What the page at this address is filled with.
-    fn filling(address: u64) -> u8 {
-        (address / page_size()) as u8
-    }
-
-    /// A source that answers until nobody asks any more. Returns the runs that it was asked for.
-    async fn source(ours: DuplexStream, layout: Layout) -> Vec<(u64, u64)> {
-        let (asks, mut answers) = split(ours);
-        let mut asking = Asking::new(asks, layout);
-        let mut asked = Vec::new();
-        while let Ok(Some((_, request))) = asking.next().await {
-            let Request::Pages {
-                process,
-                address,
-                pages,
-            } = request
-            else {
-                answers.write_all(&[0; 4]).await.unwrap();
-                break;
-            };
-            asked.push((address, pages));
-            let present = Run {
-                flags: Run::PRESENT,
-                ..run(address, pages)
-            };
-            answers
-                .write_all(&layout.add(process, present))
-                .await
-                .unwrap();
-            for place in 0..pages {
-                let page = vec![filling(address + place * page_size()); page_size() as usize];
-                answers.write_all(&page).await.unwrap();
-            }
-        }
-        asked
     }
 
     /// A CRIU that asks for these runs at once and then says that that was all. Returns how many pages it was
@@ -246,8 +213,7 @@ mod tests {
             for place in 0..got.pages {
                 let mut page = vec![0; page_size() as usize];
                 ours.read_exact(&mut page).await.unwrap();
-                let right = filling(address + place * page_size());
-                assert!(page.iter().all(|byte| *byte == right));
+                assert!(page == right(address + place * page_size()));
             }
             given.push(got.pages);
         }
@@ -263,14 +229,14 @@ mod tests {
         layout: Layout,
         wanted: &[(u64, u64)],
         moments: &FirstMoments,
-    ) -> (Vec<u64>, Vec<(u64, u64)>) {
+    ) -> (Vec<u64>, Vec<(u64, u64, u64)>) {
         let (asks, here) = duplex(1 << 20);
         let (there, serves) = duplex(1 << 20);
         let (pages, requests) = split(there);
         let pages = BufReader::new(pages);
         let fetching = fetch(split(here), requests, pages, layout, moments);
         let (asked, given, fetched) =
-            futures::join!(source(serves, layout), criu(asks, layout, wanted), fetching);
+            futures::join!(server(serves, layout), criu(asks, layout, wanted), fetching);
         fetched.unwrap();
         (given, asked)
     }
@@ -282,7 +248,10 @@ mod tests {
             let wanted = [(0, 90), (100 * page, 1), (200 * page, 3)];
             let (given, asked) = fetched(layout, &wanted, &FirstMoments::default()).await;
             assert_eq!(given, [90, 1, 3]);
-            assert_eq!(asked, wanted);
+            assert_eq!(
+                asked,
+                wanted.map(|(address, pages)| (PROCESS, address, pages))
+            );
         }
     }
 
@@ -309,7 +278,7 @@ mod tests {
             let given = tokio::select! {
                 given = asks_once => given,
                 _ = fetching => panic!("it ends"),
-                _ = source(serves, layout) => panic!("the source ends"),
+                _ = server(serves, layout) => panic!("the source ends"),
             };
             assert_eq!(given, 90);
             waited += began.elapsed();

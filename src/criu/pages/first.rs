@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{ADD, Fields, Layout, Run, page_size, pagemap};
+use super::fetch::answered;
+use super::{Layout, Memory, Run, page_size, pagemap};
 use crate::criu::{Error, Result};
 
 /// So many pages at most: 1 MiB, which crosses while CRIU makes a process.
@@ -37,8 +38,8 @@ pub async fn bring<S>(criu: &mut S, layout: Layout, images: &Path) -> Result<u64
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let directory = images.to_owned();
-    let lists = blocking(move || lists(&directory)).await?;
+    // Into and out of memory, which does not wait.
+    let lists = lists(images)?;
     let mut pages: HashMap<u64, Pages> = HashMap::new();
     for (process, run) in first(&lists) {
         let request = layout.get(process, run);
@@ -46,25 +47,14 @@ where
         let of_process = pages.entry(process).or_default();
         take(criu, layout, run, of_process).await?;
     }
-    let directory = images.to_owned();
-    blocking(move || {
-        let mut bytes = 0;
-        for list in lists {
-            if let Some(pages) = pages.get(&list.process) {
-                bytes += pages.values().map(|page| page.len() as u64).sum::<u64>();
-                list.with(pages, &directory)?;
-            }
+    let mut bytes = 0;
+    for list in lists {
+        if let Some(pages) = pages.get(&list.process) {
+            bytes += pages.values().map(|page| page.len() as u64).sum::<u64>();
+            list.with(pages, images)?;
         }
-        Ok(bytes)
-    })
-    .await
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    }
+    Ok(bytes)
 }
 
 /// Takes CRIU's answer to the question for a run. It may be less than was asked for.
@@ -74,13 +64,12 @@ async fn take(
     asked: Run,
     pages: &mut Pages,
 ) -> Result<()> {
-    let mut head = vec![0; layout.length()];
-    criu.read_exact(&mut head).await.map_err(Error::Relay)?;
-    let answered = Fields::read(&head, layout).filter(|fields| fields.word == ADD);
-    let answered = answered.filter(|fields| fields.pages <= asked.pages);
-    let answered = answered.ok_or(Error::Pages("something else than pages is answered"))?;
+    let (_, answered) = answered(criu, layout).await?;
+    if answered.pages > asked.pages {
+        return Err(Error::Pages("more is answered than was asked for"));
+    }
     // No more than a few pages.
-    let mut content = vec![0; (answered.pages * page_size()) as usize];
+    let mut content = vec![0; answered.content() as usize];
     criu.read_exact(&mut content).await.map_err(Error::Relay)?;
     let mut content = Bytes::from(content);
     let mut address = asked.address;
@@ -229,7 +218,7 @@ impl Run {
 impl List {
     /// Writes it and its pages anew, with these among them.
     fn with(&self, pages: &Pages, images: &Path) -> Result<()> {
-        let list = images.join(format!("pagemap-{}.img", self.process));
+        let list = images.join(Memory::Process(self.process).list());
         let content = images.join(format!("pages-{}.img", self.pages_id));
         let written = self.write(pages, &content);
         let (new_list, new_content) = written.map_err(failed(&content))?;
@@ -277,7 +266,7 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
 mod tests {
     use tokio::io::duplex;
 
-    use super::super::wanted::{Asking, Request};
+    use super::super::tests::{page, server};
     use super::*;
 
     const LAZY: u32 = Run::LAZY;
@@ -288,15 +277,6 @@ mod tests {
             pages,
             flags,
         }
-    }
-
-    /// What the page at this address is filled with.
-    fn filling(address: u64) -> u8 {
-        (address / page_size() % 251) as u8
-    }
-
-    fn page(address: u64) -> Vec<u8> {
-        vec![filling(address); page_size() as usize]
     }
 
     /// Images with one list, and the pages that are present.
@@ -314,34 +294,6 @@ mod tests {
         std::fs::write(images.path().join("pagemap-3.img"), list).unwrap();
         std::fs::write(images.path().join("pages-5.img"), content).unwrap();
         images
-    }
-
-    /// A CRIU that has every page, of process 3.
-    async fn criu(ours: tokio::io::DuplexStream, layout: Layout) -> Vec<(u64, u64)> {
-        let (asks, mut answers) = tokio::io::split(ours);
-        let mut asking = Asking::new(asks, layout);
-        let mut asked = Vec::new();
-        while let Ok(Some((
-            _,
-            Request::Pages {
-                process,
-                address,
-                pages,
-            },
-        ))) = asking.next().await
-        {
-            assert_eq!(process, 3);
-            asked.push((address, pages));
-            let present = run(address, pages, Run::PRESENT);
-            answers.write_all(&layout.add(3, present)).await.unwrap();
-            for place in 0..pages {
-                answers
-                    .write_all(&page(address + place * page_size()))
-                    .await
-                    .unwrap();
-            }
-        }
-        asked
     }
 
     #[tokio::test]
@@ -365,11 +317,11 @@ mod tests {
                 drop(ours);
                 bytes
             };
-            let (asked, bytes) = futures::join!(criu(theirs, layout), brought);
-            let ends = [(0x1000 * p, END), (0x1800 * p - END * p, END)];
+            let (asked, bytes) = futures::join!(server(theirs, layout), brought);
+            let ends = [(3, 0x1000 * p, END), (3, 0x1800 * p - END * p, END)];
             assert_eq!(
                 asked,
-                [vec![(0x4000 * p, 1), (0x20 * p, 3)], ends.to_vec()].concat()
+                [vec![(3, 0x4000 * p, 1), (3, 0x20 * p, 3)], ends.to_vec()].concat()
             );
             assert_eq!(bytes, (1 + 3 + 2 * END) * p);
 
