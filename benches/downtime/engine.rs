@@ -220,6 +220,7 @@ async fn livemig(source: &Node, options: &[&str]) -> Moved {
         "downtime_ms": report["downtime_ms"],
         "phases": report["phases"],
         "breakdown": report["breakdown"],
+        "unread_ms": report["unread_ms"],
         "reported_peak_extra_mib": report["peak_extra_mib"],
         "dump": report["dump"],
     });

@@ -84,7 +84,9 @@ pub fn passed(pairs: &[Pair]) -> bool {
     passed
 }
 
-/// The parts of the downtime in livemig's report, against what the client saw: within 5 % of it.
+/// The parts of the downtime in livemig's report, against what the client saw: within 5 % of it. Where the
+/// container was silent for longer when it ran already, and its memory was being fetched, that is what the client
+/// saw, and the report has it beside the parts.
 fn breakdowns_add_up(pairs: &[Pair]) -> bool {
     const WITHIN: f64 = 0.05;
     let mut good = true;
@@ -92,7 +94,8 @@ fn breakdowns_add_up(pairs: &[Pair]) -> bool {
         let off = |run: &serde_json::Value| {
             let parts = run["breakdown"].as_array()?;
             let sum: f64 = parts.iter().map(|part| number(&part["ms"])).sum();
-            Some((sum - number(&run["gap_ms"])).abs() / number(&run["gap_ms"]))
+            let reported = sum.max(later(run));
+            Some((reported - number(&run["gap_ms"])).abs() / number(&run["gap_ms"]))
         };
         let off: Vec<f64> = pair.runs.iter().filter_map(off).collect();
         if off.is_empty() {
@@ -100,8 +103,19 @@ fn breakdowns_add_up(pairs: &[Pair]) -> bool {
         }
         let off = Figures::from(off);
         let met = off.median <= WITHIN;
+        let silent_later = pair
+            .runs
+            .iter()
+            .filter(|run| later(run) > number(&run["downtime_ms"]));
+        let silent_later = match silent_later.count() {
+            0 => String::new(),
+            many => format!(
+                ", or in {many} of {} runs a later silence,",
+                pair.runs.len()
+            ),
+        };
         println!(
-            "{}: {} {}: the parts of the downtime are {:.1} % off the client's gap, at most {:.1} % \
+            "{}: {} {}: the parts of the downtime{silent_later} are {:.1} % off the client's gap, at most {:.1} % \
              (the median is to be {:.0} % or less)",
             if met { "PASS" } else { "FAIL" },
             pair.workload,
@@ -113,4 +127,9 @@ fn breakdowns_add_up(pairs: &[Pair]) -> bool {
         good &= met;
     }
     good
+}
+
+/// How long the container read nothing while its memory was being fetched, in milliseconds.
+fn later(run: &serde_json::Value) -> f64 {
+    run["unread_ms"].as_f64().unwrap_or_default()
 }

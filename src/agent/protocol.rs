@@ -290,6 +290,9 @@ pub struct Fetched {
     /// How long after it ran it answered for the first time, as far as that could be seen.
     #[serde(default)]
     pub answered: Option<Duration>,
+    /// For how long at most it read nothing afterwards of what peers had sent it, while memory was being fetched.
+    #[serde(default)]
+    pub unread: Option<Duration>,
 }
 
 /// A host, as another one knows it.

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -17,6 +17,7 @@ use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
 use tokio::task::JoinHandle;
 
+use self::answers::Answers;
 use super::memory::Memory;
 use super::paths::Paths;
 use super::protocol::{
@@ -31,7 +32,7 @@ use crate::podman::{Client, HostInfo};
 use crate::tunnel::HopId;
 use crate::{Class, Config, Error};
 
-mod answer;
+mod answers;
 mod arrival;
 mod direct;
 mod end;
@@ -83,7 +84,7 @@ struct Session {
     /// Where the container's volumes are here, by name.
     volumes: BTreeMap<String, PathBuf>,
     /// When it answers, with post-copy.
-    answer: Option<JoinHandle<Option<Duration>>>,
+    answers: Option<Answers>,
     /// The network namespace of the container that runs.
     namespace: Option<Namespace>,
     /// Where datagrams wait for the container, until the source has let go of all of them.

@@ -130,11 +130,12 @@ async fn serve_memory(migration: &mut Migration<'_>) -> Result<()> {
     // If it was not served well, the destination may know why.
     let path = format!("/v1/migrations/{}/fetched", migration.id);
     let told = migration.connection.call(Method::POST, &path, &Nothing {});
-    let Fetched { answered } = told.await.map_err(Error::of_host(&migration.request.to))?;
+    let Fetched { answered, unread } = told.await.map_err(Error::of_host(&migration.request.to))?;
     migration.bytes_sent += served?;
     if let Some(answered) = answered {
         migration.downtime.prolong_until(answered, Part::Fetch);
     }
+    migration.unread = unread;
     Ok(())
 }
 

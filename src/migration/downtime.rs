@@ -64,9 +64,12 @@ impl Downtime {
 
     /// A part has come to its end.
     pub fn part(&mut self, part: Part) {
-        let now = Instant::now();
+        self.part_until(part, Instant::now());
+    }
+
+    fn part_until(&mut self, part: Part, now: Instant) {
         if let Some(last) = self.last.replace(now) {
-            let took = now - last;
+            let took = now.saturating_duration_since(last);
             self.parts.push(PartTime { part, took });
         }
         match part {
@@ -89,10 +92,14 @@ impl Downtime {
             .extend(others.map(|&(part, took)| PartTime { part, took }));
     }
 
-    /// It is over, with its last part.
-    pub fn end(&mut self, last: Part) {
-        self.part(last);
-        let since = |then: Option<Instant>| then.map(|then| then.elapsed()).unwrap_or_default();
+    /// It was over then, with its last part.
+    pub fn end(&mut self, last: Part, then: Instant) {
+        self.part_until(last, then);
+        let since = |began: Option<Instant>| {
+            began
+                .map(|began| then.saturating_duration_since(began))
+                .unwrap_or_default()
+        };
         self.total = since(self.began);
         self.total_frozen = since(self.frozen);
     }
@@ -139,7 +146,7 @@ mod tests {
             Part::Transfer,
             &[(Part::Insert, insert), (Part::Restore, whole - insert)],
         );
-        downtime.end(Part::Release);
+        downtime.end(Part::Release, Instant::now());
         let total = downtime.total();
         assert!(downtime.frozen() < total);
         let parts = downtime.into_parts();
@@ -164,7 +171,7 @@ mod tests {
         let mut downtime = Downtime::default();
         downtime.begin(Instant::now());
         downtime.part(Part::Restore);
-        downtime.end(Part::Release);
+        downtime.end(Part::Release, Instant::now());
         let (ended, parts) = (downtime.total(), downtime.parts.clone());
         // It has answered before packets were let go.
         downtime.prolong_until(Duration::ZERO, Part::Fetch);
@@ -180,7 +187,7 @@ mod tests {
         let mut other = Downtime::default();
         other.begin(Instant::now());
         other.part(Part::Restore);
-        other.end(Part::Release);
+        other.end(Part::Release, Instant::now());
         other.prolong_until(Duration::MAX, Part::Fetch);
         assert!(
             other.total() < Duration::from_secs(60),

@@ -45,7 +45,7 @@ mod steer;
 mod transfer;
 mod undo;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
@@ -155,6 +155,8 @@ struct Migration<'a> {
     /// The rounds in which memory was copied while the container ran.
     rounds: Vec<memory::Round>,
     downtime: Downtime,
+    /// For how long the container read nothing when it ran already, and its memory was being fetched.
+    unread: Option<Duration>,
     drain: Drain,
     /// The hold, once packets pass, until its rules are gone.
     released: Option<Released>,
@@ -205,6 +207,7 @@ impl<'a> Migration<'a> {
             let_go: false,
             rounds: Vec::new(),
             downtime: Downtime::default(),
+            unread: None,
             drain: Drain::default(),
             released: None,
             held: HoldReport::default(),
@@ -318,6 +321,7 @@ impl<'a> Migration<'a> {
             downtime: self.downtime.total(),
             frozen: self.downtime.frozen(),
             breakdown: self.downtime.into_parts(),
+            unread: self.unread,
             total: self.clock.started.elapsed(),
             phases: self.clock.times,
             bytes_sent: self.bytes_sent,

@@ -35,6 +35,10 @@ pub struct Report {
     pub downtime: Duration,
     /// What it was spent on.
     pub breakdown: Vec<PartTime>,
+    /// With post-copy: for how long at most the container read nothing of what its peers had sent, after its first
+    /// answer and before all of its memory was there. It waited for pages, or had other work.
+    #[serde(rename = "unread_ms", serialize_with = "milliseconds_if_known")]
+    pub unread: Option<Duration>,
     /// From the moment the container's processes stood still until the copy at the destination was heard.
     #[serde(rename = "frozen_ms", serialize_with = "milliseconds")]
     pub frozen: Duration,

@@ -3,9 +3,11 @@
 //! The marks are set early, while the container is being dumped: no packet reads them until it is
 //! released, so that the release itself is all that is left to do when the destination says "running".
 
+use std::time::Instant;
+
 use super::{Migration, Part, check, flows, home};
 use crate::Result;
-use crate::conntrack::hold::{Pace, Rate, To};
+use crate::conntrack::hold::{Pace, Rate, Released, To};
 use crate::conntrack::{Flow, Table, alias};
 use crate::netlink::Namespace;
 use crate::podman::{Container, Network};
@@ -47,8 +49,6 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
     // The first packet that passes is the point of no return: what the world has heard of the copy
     // is never taken back.
     migration.let_go = true;
-    // The first pass within a millisecond. What takes longer is that datagrams follow at a pace.
-    migration.downtime.end(Part::Release);
     // A container without an address has no packets.
     let hold = migration.hands.holds.pop();
     let here = async {
@@ -69,7 +69,17 @@ pub(super) async fn steer(migration: &mut Migration<'_>) -> Result<()> {
         }
     };
     // Neither waits for the other: they are packets of different connections.
+    let began = Instant::now();
     let (here, there) = futures::join!(here, there);
+    // The first pass within a millisecond. What takes longer is that datagrams follow at a pace.
+    let passed = here
+        .as_ref()
+        .ok()
+        .and_then(Option::as_ref)
+        .map(Released::began);
+    migration
+        .downtime
+        .end(Part::Release, passed.unwrap_or(began));
     migration.note("letting packets go at the destination", there);
     match here {
         // What is left to do is removing the rules, which the destination need not wait for.

@@ -15,10 +15,14 @@ use super::{Attributes, Body, Channel, Error, Message, Namespace, Request, Resul
 const BY_FAMILY: u16 = 20;
 /// The size of `struct inet_diag_msg` of `linux/inet_diag.h`.
 const ANSWER: usize = 72;
+/// Where `idiag_rqueue` is in it.
+const RECEIVE_QUEUE: usize = 56;
 /// `INET_DIAG_INFO` and `INET_DIAG_SKMEMINFO` of `linux/inet_diag.h`.
 const INFO: u16 = 2;
 const SKMEMINFO: u16 = 7;
-/// Where `tcpi_data_segs_out` is in `struct tcp_info` of `linux/tcp.h`, which the kernel only adds to.
+/// Where `tcpi_bytes_received` and `tcpi_data_segs_out` are in `struct tcp_info` of `linux/tcp.h`, which the
+/// kernel only adds to.
+const BYTES_RECEIVED: usize = 128;
 const DATA_SEGMENTS_SENT: usize = 156;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -180,59 +184,66 @@ impl Diagnosis {
         Ok(all)
     }
 
-    /// Whether one of these TCP connections, each with its own end and its peer's, has sent something since its
-    /// socket was made. Asking for one by its ends costs the kernel next to nothing; a list of all takes it some
-    /// milliseconds, for it goes through the sockets of all namespaces.
-    pub fn has_sent(&mut self, connections: &[(SocketAddr, SocketAddr)]) -> Result<bool> {
-        for (local, remote) in connections {
-            // struct inet_diag_req_v2, with a struct inet_diag_sockid.
-            let mut fixed = [0u8; 56];
-            fixed[0] = match local.ip() {
-                IpAddr::V4(_) => AF_INET,
-                IpAddr::V6(_) => AF_INET6,
-            };
-            fixed[1] = IPPROTO_TCP;
-            fixed[2] = 1 << (INFO - 1);
-            fixed[4..8].copy_from_slice(&StateSet::ALL.0.to_ne_bytes());
-            for (at, end) in [(0, local), (1, remote)] {
-                fixed[8 + 2 * at..10 + 2 * at].copy_from_slice(&end.port().to_be_bytes());
-                match end.ip() {
-                    IpAddr::V4(ip) => {
-                        fixed[12 + 16 * at..16 + 16 * at].copy_from_slice(&ip.octets())
-                    }
-                    IpAddr::V6(ip) => {
-                        fixed[12 + 16 * at..28 + 16 * at].copy_from_slice(&ip.octets())
-                    }
-                }
-            }
-            // INET_DIAG_NOCOOKIE: whichever socket it is.
-            fixed[48..].fill(0xff);
-            let request = Request::new(BY_FAMILY, Body::new(&fixed));
-            let answers = match self.0.ask("look at a socket", request) {
-                // It has gone.
-                Err(Error::Refused {
-                    errno: Errno::NOENT,
-                    ..
-                }) => continue,
-                answers => answers?,
-            };
-            if answers
-                .iter()
-                .filter_map(|body| data_segments_sent(body))
-                .any(|sent| sent > 0)
-            {
-                return Ok(true);
+    /// How far a TCP connection has come, by its own end and its peer's; none if it has gone. Asking for one by
+    /// its ends costs the kernel next to nothing; a list of all takes it some milliseconds, for it goes through
+    /// the sockets of all namespaces.
+    pub fn progress(&mut self, local: SocketAddr, remote: SocketAddr) -> Result<Option<Progress>> {
+        // struct inet_diag_req_v2, with a struct inet_diag_sockid.
+        let mut fixed = [0u8; 56];
+        fixed[0] = match local.ip() {
+            IpAddr::V4(_) => AF_INET,
+            IpAddr::V6(_) => AF_INET6,
+        };
+        fixed[1] = IPPROTO_TCP;
+        fixed[2] = 1 << (INFO - 1);
+        fixed[4..8].copy_from_slice(&StateSet::ALL.0.to_ne_bytes());
+        for (at, end) in [(0, local), (1, remote)] {
+            fixed[8 + 2 * at..10 + 2 * at].copy_from_slice(&end.port().to_be_bytes());
+            match end.ip() {
+                IpAddr::V4(ip) => fixed[12 + 16 * at..16 + 16 * at].copy_from_slice(&ip.octets()),
+                IpAddr::V6(ip) => fixed[12 + 16 * at..28 + 16 * at].copy_from_slice(&ip.octets()),
             }
         }
-        Ok(false)
+        // INET_DIAG_NOCOOKIE: whichever socket it is.
+        fixed[48..].fill(0xff);
+        let request = Request::new(BY_FAMILY, Body::new(&fixed));
+        match self.0.ask("look at a socket", request) {
+            Err(Error::Refused {
+                errno: Errno::NOENT,
+                ..
+            }) => Ok(None),
+            answers => Ok(answers?.iter().find_map(|body| Progress::read(body))),
+        }
     }
 }
 
-/// How many segments with data a connection has sent.
-fn data_segments_sent(body: &[u8]) -> Option<u32> {
-    let info = Attributes::after(body, ANSWER).find(|attribute| attribute.kind == INFO)?;
-    let number = info.value.get(DATA_SEGMENTS_SENT..)?.first_chunk()?;
-    Some(u32::from_ne_bytes(*number))
+/// How far a TCP connection has come since its socket was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// How many segments with data it has sent.
+    pub sent: u32,
+    /// How many bytes have been received.
+    pub received: u64,
+    /// How many of those the program has not read.
+    pub unread: u32,
+}
+
+impl Progress {
+    fn read(answer: &[u8]) -> Option<Progress> {
+        // For a connection that has gone the kernel answers with the socket that listens at its port.
+        if State::from_kernel(*answer.get(1)?)? == State::Listen {
+            return None;
+        }
+        let info = Attributes::after(answer, ANSWER).find(|attribute| attribute.kind == INFO)?;
+        let sent = info.value.get(DATA_SEGMENTS_SENT..)?.first_chunk()?;
+        let received = info.value.get(BYTES_RECEIVED..)?.first_chunk()?;
+        let unread = answer.get(RECEIVE_QUEUE..)?.first_chunk()?;
+        Some(Progress {
+            sent: u32::from_ne_bytes(*sent),
+            received: u64::from_ne_bytes(*received),
+            unread: u32::from_ne_bytes(*unread),
+        })
+    }
 }
 
 /// Reads a `struct inet_diag_msg`.
@@ -258,7 +269,7 @@ pub(super) fn read(kind: Kind, message: &Message<'_>) -> Option<Socket> {
         state: State::from_kernel(answer[1])?,
         local: SocketAddr::new(address(8)?, port(4)),
         remote: SocketAddr::new(address(24)?, port(6)),
-        receive_queue: word(56)?,
+        receive_queue: word(RECEIVE_QUEUE)?,
         send_queue: word(60)?,
         inode: word(68)?,
         receive_buffer: Attributes::after(message.body, ANSWER)

@@ -14,7 +14,8 @@ use super::super::protocol::{
     Flows, Held, IMAGE_PIECE, MigrationId, Nothing, Prepare, Prepared, Running, Stage,
 };
 use super::super::{Body, Caller};
-use super::{CONTAINER, Session, Sessions, Shared, answer};
+use super::answers::Answers;
+use super::{CONTAINER, Session, Sessions, Shared};
 use crate::Error;
 use crate::bundle;
 use crate::bundle::vetted::{Documents, Verdict, vetted};
@@ -58,7 +59,7 @@ impl Sessions {
             memory: None,
             post_copy,
             volumes: BTreeMap::new(),
-            answer: None,
+            answers: None,
             namespace: None,
             intake: None,
             unsure: false,
@@ -377,8 +378,7 @@ impl Sessions {
         }
         if let Some(shell) = session.shell.as_ref().filter(|_| session.post_copy) {
             shell.moments().begin();
-            let connections = answer::connections(&flows);
-            session.answer = Some(tokio::spawn(answer::first(namespace, connections)));
+            session.answers = Some(Answers::watch(namespace, &flows));
         }
         // What was carried after it ends here again.
         let after = migration::at_home(&self.config, &container.id)?;

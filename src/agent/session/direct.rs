@@ -14,6 +14,7 @@ use super::super::memory::Memory;
 use super::super::protocol::{Fetched, MigrationId, Nothing, Offer, Stage};
 use super::super::shell::{Shell, fill};
 use super::super::{Body, ReplyBody, reply};
+use super::answers::Answers;
 use super::arrival::restored;
 use super::{CONTAINER, Session, Sessions};
 use crate::Error;
@@ -64,16 +65,14 @@ pub(super) async fn all_fetched(session: &mut Session) -> Result<Fetched, Error>
     let shell = session.shell.as_mut().ok_or(Error::OutOfOrder("shell"))?;
     shell.fetched().await?;
     let found = shell.moments().took();
-    let answered = match session.answer.take() {
-        Some(answer) if answer.is_finished() => answer.await.ok().flatten(),
-        Some(answer) => {
-            answer.abort();
-            None
-        }
-        None => None,
-    };
+    let seen = session
+        .answers
+        .take()
+        .map(Answers::seen)
+        .unwrap_or_default();
     Ok(Fetched {
-        answered: answered.or(found),
+        answered: seen.first.or(found),
+        unread: seen.unread,
     })
 }
 

@@ -184,6 +184,12 @@ pub fn summary(report: &Report) {
         Bytes(report.bytes_sent),
         report.total.as_secs_f64(),
     );
+    if let Some(unread) = report.unread.filter(|unread| *unread > report.downtime) {
+        println!(
+            "it ran while its memory was being fetched, and read nothing for {:.0} ms once",
+            unread.as_secs_f64() * 1e3
+        );
+    }
     if report.held.held > 0 {
         println!("{}", waited(&report.held));
     }

@@ -109,7 +109,7 @@ pub(super) fn work(
     spec: &HoldSpec,
     queue: Queue,
     mut orders: mpsc::UnboundedReceiver<Order>,
-    passed: oneshot::Sender<()>,
+    passed: oneshot::Sender<Instant>,
     gauge: &Gauge,
 ) -> Result<HoldReport> {
     let outcome = tokio::runtime::Builder::new_current_thread()
@@ -121,13 +121,13 @@ pub(super) fn work(
             runtime.block_on(async {
                 let mut keeper = Keeper::new(spec, queue, gauge)?;
                 let terms = keeper.keep(&mut orders).await?;
-                keeper.release(terms, &mut orders).await?;
-                Ok(keeper)
+                let began = keeper.release(terms, &mut orders).await?;
+                Ok((keeper, began))
             })
         });
-    if outcome.is_ok() {
+    if let Ok((_, began)) = &outcome {
         // Nobody may be waiting for it.
-        let _ = passed.send(());
+        let _ = passed.send(*began);
     }
     // Whatever happened: the rules go. While they do, packets pass the queue, or, if it failed and
     // its socket is closed, bypass it.
@@ -137,7 +137,7 @@ pub(super) fn work(
         Err(_) => Ok(()),
     };
     ruleset::settle_packets();
-    let finished = outcome.and_then(|mut keeper| {
+    let finished = outcome.and_then(|(mut keeper, _)| {
         keeper.finish()?;
         Ok(keeper.report)
     });
@@ -279,14 +279,15 @@ impl<'a> Keeper<'a> {
         Ok(())
     }
 
-    /// Lets go what waits, and what arrives meanwhile, until packets pass the queue.
+    /// Lets go what waits, and what arrives meanwhile, until packets pass the queue. Returns when the first had gone.
     async fn release(
         &mut self,
         terms: Terms,
         orders: &mut mpsc::UnboundedReceiver<Order>,
-    ) -> Result<()> {
+    ) -> Result<Instant> {
         let queue = Arc::clone(&self.queue);
         let began = Instant::now();
+        let mut first = None;
         let mut course = Course::begin(self, &terms)?;
         let (mut fewest, mut since) = (usize::MAX, began);
         loop {
@@ -315,6 +316,7 @@ impl<'a> Keeper<'a> {
             self.sort(course.to, course.pacer.is_paced())?;
             let portion = course.pacer.portion(&self.paced)?;
             let own = self.let_go(portion)?;
+            first.get_or_insert_with(Instant::now);
             course.pacer.gone(portion, own);
 
             if self.paced.is_empty() {
@@ -351,7 +353,7 @@ impl<'a> Keeper<'a> {
         }
         self.let_pass()?;
         self.report.release = began.elapsed();
-        Ok(())
+        Ok(first.unwrap_or(began))
     }
 
     /// The last message: see the head of [`hold`](super). The number lies ahead of all that is in

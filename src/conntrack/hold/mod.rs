@@ -185,7 +185,7 @@ pub struct Hold {
     since: Option<Instant>,
     rules: Rules,
     orders: mpsc::UnboundedSender<Order>,
-    passed: Option<oneshot::Receiver<()>>,
+    passed: Option<oneshot::Receiver<Instant>>,
     thread: Option<JoinHandle<Result<HoldReport>>>,
     gauge: Arc<Gauge>,
 }
@@ -273,12 +273,10 @@ impl Hold {
         let (Some(thread), Some(passed)) = (self.thread.take(), self.passed.take()) else {
             return Err(Error::Thread { doing: DOING });
         };
-        let released = Released { thread };
         match passed.await {
-            Ok(()) => Ok(released),
+            Ok(began) => Ok(Released { thread, began }),
             // It failed: what it has to say is why.
-            Err(_) => Err(released
-                .clear()
+            Err(_) => Err(ended(thread)
                 .await
                 .err()
                 .unwrap_or(Error::Thread { doing: DOING })),
@@ -310,21 +308,31 @@ impl Drop for Hold {
 #[must_use = "only after `clear` is the hold's report known and are its rules gone"]
 pub struct Released {
     thread: JoinHandle<Result<HoldReport>>,
+    began: Instant,
 }
 
 impl Released {
+    /// When the first of what waited had been let go.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
+
     /// Waits until the rules are gone.
     ///
     /// # Errors
     /// When the kernel cannot be asked, or refuses.
     pub async fn clear(self) -> Result<HoldReport> {
-        const DOING: &str = "remove the rules of a hold";
-        tokio::task::spawn_blocking(move || self.thread.join())
-            .await
-            .ok()
-            .and_then(std::thread::Result::ok)
-            .ok_or(Error::Thread { doing: DOING })?
+        ended(self.thread).await
     }
+}
+
+async fn ended(thread: JoinHandle<Result<HoldReport>>) -> Result<HoldReport> {
+    const DOING: &str = "remove the rules of a hold";
+    tokio::task::spawn_blocking(move || thread.join())
+        .await
+        .ok()
+        .and_then(std::thread::Result::ok)
+        .ok_or(Error::Thread { doing: DOING })?
 }
 
 /// Removes the rules of a hold whose process has died, and the table when nothing else uses it. It
