@@ -30,6 +30,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -126,7 +127,7 @@ fn run(arguments: &mut Arguments) -> io::Result<()> {
             let percent = arguments.number("PERCENT_PER_SECOND")?;
             let mut server = Server::default();
             // Whoever can connect can count on all of it.
-            server.memory = Some(Memory::new(mib as usize, percent));
+            server.memory = Some(Memory::new(mib, percent));
             server.listen(arguments.address()?, Role::Echo)?;
             server.run()
         }
@@ -210,7 +211,7 @@ impl Arguments {
         self.positional.by_ref().collect()
     }
 
-    fn number(&mut self, what: &str) -> io::Result<u64> {
+    fn number<T: FromStr>(&mut self, what: &str) -> io::Result<T> {
         let text = self.next(what)?;
         text.parse()
             .map_err(|_| bad(format!("{what} is not a number: {text}")))
@@ -260,12 +261,8 @@ impl Arguments {
         let address: IpAddr = text
             .parse()
             .map_err(|_| bad(format!("not an IP address: {text}")))?;
-        let port = self.number("PORT")?;
-        Ok((
-            address,
-            u16::try_from(port).map_err(|_| bad("no such port"))?,
-        )
-            .into())
+        let port: u16 = self.number("PORT")?;
+        Ok((address, port).into())
     }
 }
 
@@ -978,11 +975,11 @@ impl Page {
 }
 
 impl Memory {
-    fn new(mib: usize, percent: u64) -> Memory {
+    fn new(mib: usize, percent: f64) -> Memory {
         let count = mib * 256;
         Memory {
             pages: (0..count as u64).map(Page::new).collect(),
-            per_second: count as f64 * percent as f64 / 100.0,
+            per_second: count as f64 * percent / 100.0,
             due: 0.0,
             next: 0,
             writes: 0,

@@ -8,11 +8,13 @@
 //! `LIVEMIG_VM_PARTS` among these `migrations` and what comes after them, `clocks` and `power`.
 //!
 //! `demo` moves a small container with each engine and says what came of it; `test` moves one for every
-//! runtime, workload and engine, and writes `target/bench/vm.json`. Software emulation makes everything
+//! runtime, workload and engine, and writes `target/bench/vm.json` and `vm-growth.svg`. Software emulation makes everything
 //! some ten times slower, and not evenly so: of its figures only ratios mean anything.
 
 #[path = "clocks.rs"]
 mod clocks;
+#[path = "growth.rs"]
+mod growth;
 #[path = "../lab/mod.rs"]
 mod lab;
 #[path = "power.rs"]
@@ -48,8 +50,6 @@ struct Engine {
     options: &'static [&'static str],
     /// What the report calls it.
     kind: &'static str,
-    /// Only for containers with memory that is written to.
-    for_memory: bool,
 }
 
 const ENGINES: [Engine; 5] = [
@@ -57,31 +57,26 @@ const ENGINES: [Engine; 5] = [
         name: "rest",
         options: &["--engine", "rest"],
         kind: "rest",
-        for_memory: false,
     },
     Engine {
         name: "direct",
         options: &["--engine", "direct", "--rounds", "0"],
         kind: "direct",
-        for_memory: false,
     },
     Engine {
         name: "precopy",
         options: &["--engine", "direct"],
         kind: "direct",
-        for_memory: true,
     },
     Engine {
         name: "postcopy",
         options: &["--engine", "direct", "--post-copy", "--rounds", "0"],
         kind: "direct",
-        for_memory: true,
     },
     Engine {
         name: "hybrid",
         options: &["--engine", "direct", "--post-copy"],
         kind: "direct",
-        for_memory: true,
     },
 ];
 
@@ -94,24 +89,54 @@ struct Workload {
     command: &'static [&'static str],
     /// Its memory in MiB.
     memory: u64,
+    /// How much of that is written to in a second, in percent.
+    percent: f64,
+    /// How it is moved.
+    engines: &'static [&'static str],
+    /// Under which runtimes.
+    runtimes: &'static [&'static str],
 }
 
 /// Of the second's memory 1 % is written to in each second: a tenth of what the other benches have, for memory
-/// crosses here at a tenth of their rate.
-const WORKLOADS: [Workload; 2] = [
+/// crosses here at a tenth of their rate. Of those that grow the same amount is.
+const WORKLOADS: [Workload; 5] = [
     Workload {
         name: "echo",
         command: &["echo", PORT],
         memory: 0,
+        percent: 0.0,
+        engines: &["rest", "direct"],
+        runtimes: &RUNTIMES,
     },
     Workload {
         name: "64MiB-dirty",
         command: &["touch", "64", "1", PORT],
         memory: 64,
+        percent: 1.0,
+        engines: &["rest", "direct", "precopy", "postcopy", "hybrid"],
+        runtimes: &RUNTIMES,
     },
+    growing("64MiB-steady", &["touch", "64", "2", PORT], 64, 2.0),
+    growing("128MiB-steady", &["touch", "128", "1", PORT], 128, 1.0),
+    growing("256MiB-steady", &["touch", "256", "0.5", PORT], 256, 0.5),
 ];
-/// How much of it is written to in a second.
-const WRITTEN_PER_SECOND: f64 = 0.01;
+
+/// One of those that show what becomes of the downtime when there is more memory.
+const fn growing(
+    name: &'static str,
+    command: &'static [&'static str],
+    memory: u64,
+    percent: f64,
+) -> Workload {
+    Workload {
+        name,
+        command,
+        memory,
+        percent,
+        engines: &growth::ENGINES,
+        runtimes: &[growth::RUNTIME],
+    }
+}
 
 /// What is being done, for whoever waits, and for the error when it takes too long.
 struct Clock {
@@ -164,6 +189,7 @@ async fn main() -> ExitCode {
     if all && !cells.is_empty() {
         record::write_json("vm.json", &json!(cells));
         downtimes(&cells);
+        growth::judge(&cells);
     }
     let took = clock.started.elapsed().as_secs_f64() / 60.0;
     println!("{took:.1} minutes, everything as it should be. The machines are gone again.");
@@ -194,7 +220,10 @@ async fn migrations(clock: &Clock, all: bool) -> Vec<Value> {
         cell["first"] = json!(cells.is_empty());
         cells.push(cell);
         // Under crun it is CRIU that stops the processes in a round.
-        if case.engine.name == "precopy" && case.runtime == "runc" {
+        if case.engine.name == "precopy"
+            && case.runtime == "runc"
+            && case.workload.name == "64MiB-dirty"
+        {
             rounds::stand_still_only_for_criu(clock, &lab).await;
             rounds::struck_in_the_midst(clock, &lab).await;
         }
@@ -226,7 +255,8 @@ fn cases(all: bool) -> Vec<Case> {
     for runtime in RUNTIMES {
         for workload in &WORKLOADS {
             for engine in &ENGINES {
-                let useful = workload.memory > 0 || !engine.for_memory;
+                let useful =
+                    workload.engines.contains(&engine.name) && workload.runtimes.contains(&runtime);
                 let chosen = chosen(&runtimes, runtime)
                     && chosen(&workloads, workload.name)
                     && chosen(&engines, engine.name);
@@ -323,6 +353,8 @@ async fn migration(clock: &Clock, lab: &Lab, case: &Case) -> Value {
         name: workload,
         command,
         memory,
+        percent,
+        ..
     } = **workload;
     let case = format!("{} {runtime} {workload}", engine.name);
     println!("\n== {case}");
@@ -447,7 +479,8 @@ async fn migration(clock: &Clock, lab: &Lab, case: &Case) -> Value {
         assert_eq!(pages["pages"], memory * 256, "{case}: {pages}");
         assert_eq!(pages["wrong"], 0, "{case}: {pages}");
         assert_eq!(pages["stale"], 0, "{case}: {pages}");
-        went_ahead(clock, &case, engine, memory << 20, &report);
+        let written = (memory << 20) as f64 * percent / 100.0;
+        went_ahead(clock, &case, engine, memory << 20, written, &report);
     }
     b.exec(&["podman", "rm", "--force", "--time", "0", "web"])
         .await;
@@ -455,6 +488,7 @@ async fn migration(clock: &Clock, lab: &Lab, case: &Case) -> Value {
         "engine": engine.name,
         "runtime": runtime,
         "workload": workload,
+        "mib": memory,
         "gap_ms": seen["longest_gap_ms"],
         "downtime_ms": report["downtime_ms"],
         "frozen_ms": frozen(&report),
@@ -469,8 +503,15 @@ async fn migration(clock: &Clock, lab: &Lab, case: &Case) -> Value {
     })
 }
 
-/// Looks at how much memory went when.
-fn went_ahead(clock: &Clock, case: &str, engine: &Engine, memory: u64, report: &Value) {
+/// Looks at how much memory went when, of a container that writes to so many bytes in a second.
+fn went_ahead(
+    clock: &Clock,
+    case: &str,
+    engine: &Engine,
+    memory: u64,
+    written: f64,
+    report: &Value,
+) {
     let rounds = report["rounds"].as_array().map_or(&[][..], Vec::as_slice);
     let (frozen, sent) = (
         number(&report["bytes_frozen"]),
@@ -503,7 +544,7 @@ fn went_ahead(clock: &Clock, case: &str, engine: &Engine, memory: u64, report: &
                 .map(|round| number(&round["ms"]))
                 .sum();
             let seconds = (phase("precopy") - before + phase("hold")) / 1e3;
-            let changed = memory * WRITTEN_PER_SECOND * seconds;
+            let changed = written * seconds;
             // What is written to is known in huge pages of 2 MiB, of which one is begun and one ended; stacks
             // and what CRIU itself needs come on top.
             let most = changed + f64::from(5 << 20);
@@ -617,7 +658,7 @@ fn table(cells: &[Value]) {
     println!(
         "\nfigures under software emulation: only their ratios mean anything (÷ rest: of the gap; ÷ direct: of\n\
          the downtime; the first migration of fresh machines is no measure)\n\
-         {:<8} {:<5} {:<12} {:>8} {:>12} {:>10} {:>12} {:>6} {:>9} {:>6} {:>8}",
+         {:<8} {:<5} {:<13} {:>8} {:>12} {:>10} {:>12} {:>6} {:>9} {:>6} {:>8}",
         "engine",
         "under",
         "workload",
@@ -639,7 +680,7 @@ fn table(cells: &[Value]) {
         };
         let (rest, direct) = (ratio("rest", "gap_ms"), ratio("direct", "downtime_ms"));
         println!(
-            "{:<8} {:<5} {:<12} {:>8.0} {:>12.0} {:>10.0} {:>12} {:>6} {:>9.0} {rest:>6} \
+            "{:<8} {:<5} {:<13} {:>8.0} {:>12.0} {:>10.0} {:>12} {:>6} {:>9.0} {rest:>6} \
              {direct:>8}",
             text("engine"),
             text("runtime"),
