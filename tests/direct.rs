@@ -2,6 +2,8 @@
 
 mod lab;
 
+use std::time::Duration;
+
 use lab::pair::{self, Pair, assert_went_on};
 use lab::{Lab, link};
 
@@ -308,6 +310,52 @@ async fn an_agent_that_dies_while_it_fills_a_volume_leaves_none() {
     assert_eq!(h1.container_state("web").await.as_deref(), Some("running"));
     let left = h2.exec(&["podman", "volume", "ls", "-q"]).await;
     assert_eq!(left.text(), "", "{left}");
+    pair.down().await;
+}
+
+/// Processes of containers on a host.
+const PROCESSES: &str = "find /sys/fs/cgroup -path '*/libpod-*' -not -path '*/libpod-conmon-*' -name cgroup.procs \
+                         -exec cat {} + 2>/dev/null | wc -l";
+
+/// An agent that is started anew while it fetches memory: the kernel would give the container zeros in place of it.
+/// It is ended, and its original goes on.
+#[tokio::test]
+async fn a_container_does_not_go_on_without_its_memory() {
+    let mut pair = Pair::direct(Lab::builder(2)).await;
+    let (h1, h2, c1) = (
+        pair.host(1).clone(),
+        pair.host(2).clone(),
+        pair.client(1).clone(),
+    );
+    h1.run_workload("web", &["-p", "7000:7000"], &["touch", "64", "50", "7000"])
+        .await;
+    // 64 MiB take five seconds.
+    link::narrow(pair.lab().wan(), "100mbit").await;
+    let moving = pair.spawn_migration("web", 1, 2, &["--engine", "direct", "--post-copy"]);
+    moving.wait_for(r#""finished","phase":"steer""#).await;
+    assert_ne!(h2.sh(PROCESSES).await.text(), "0", "it runs there");
+    pair.agent(2).signal(rustix::process::Signal::KILL);
+    let ends = async {
+        while h2.sh(PROCESSES).await.text() != "0" {
+            tokio::time::sleep(lab::LOOK).await;
+        }
+    };
+    let ended = tokio::time::timeout(Duration::from_secs(3), ends).await;
+    assert!(ended.is_ok(), "it goes on without its memory");
+    pair.replace_agent(2).await;
+    let lost = moving.finish().await;
+    assert!(!lost.status.success(), "{lost}");
+    link::mend(pair.lab().wan()).await;
+    let recovered = h1.exec(&["livemig", "recover"]).await;
+    println!("{lost}\n{recovered}");
+    assert_eq!(h1.container_state("web").await.as_deref(), Some("running"));
+    assert_eq!(h2.container_state("web").await, None);
+    let memory = c1.ask(h1.address(), 7000, "memory").await;
+    assert_eq!(
+        (&memory["wrong"], &memory["stale"]),
+        (&0.into(), &0.into()),
+        "{memory}"
+    );
     pair.down().await;
 }
 

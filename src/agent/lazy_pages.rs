@@ -12,20 +12,16 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
-use rustix::process::{
-    Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open, pidfd_send_signal,
-};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStdout, Command};
 
 use crate::podman::{FailureLog, failure_log};
-use crate::{Error, runtime};
+use crate::runtime::{Faults, Keeper};
+use crate::{Config, Error, runtime};
 
 /// What CRIU looks into first (`check_img_inventory` in `criu/image.c`).
 const INVENTORY: &str = "inventory.img";
-/// What the kernel calls a userfaultfd in `/proc/PID/fd`.
-const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 /// How long to wait between two looks whether CRIU has come to where it waits.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -39,6 +35,8 @@ pub(super) struct LazyPages {
     inventory: Option<File>,
     /// Where it asks for pages and reads them, until somebody takes it.
     pages: Option<UnixStream>,
+    /// What ends the container if this agent dies before it has its memory.
+    keeper: Keeper,
     work: PathBuf,
     /// How long it is waited for.
     within: Duration,
@@ -49,7 +47,8 @@ impl LazyPages {
     ///
     /// # Errors
     /// [`runtime::Error::Failed`] if it does not come so far.
-    pub async fn start(images: &Path, work: &Path, within: Duration) -> Result<LazyPages, Error> {
+    pub async fn start(config: &Config, images: &Path, work: &Path) -> Result<LazyPages, Error> {
+        let within = config.runtime_timeout;
         let start = |source| runtime::Error::Start {
             program: "criu".into(),
             source,
@@ -84,6 +83,7 @@ impl LazyPages {
             .spawn()
             .map_err(start)?;
         let says = criu.stdout.take().ok_or(Error::OutOfOrder("pipe"))?;
+        let keeper = Keeper::start(config, criu.id().unwrap_or_default())?;
         let began = Instant::now();
         let inventory = loop {
             // There is somebody at the other end, or it fails.
@@ -111,6 +111,7 @@ impl LazyPages {
             says,
             inventory: Some(inventory),
             pages: Some(pages),
+            keeper,
             work: work.to_owned(),
             within,
         })
@@ -154,8 +155,26 @@ impl LazyPages {
         self,
         container: u32,
     ) -> Result<impl Future<Output = Result<(), Error>> + Send + use<>, Error> {
-        let keeper = Keeper::of(&self.criu, container)?;
-        Ok(keeper.watch(self.criu, self.work))
+        let criu = self.criu.id().unwrap_or_default();
+        let faults = Faults::of(criu, container).map_err(runtime::Error::Lost)?;
+        Ok(self.fetched(container, faults))
+    }
+
+    /// Waits until all of the memory is there, and ends the container if it does not come.
+    async fn fetched(mut self, container: u32, faults: Faults) -> Result<(), Error> {
+        if let Err(error) = self.keeper.keep(container).await {
+            tracing::warn!(%error, "if this agent dies the container may go on without its memory");
+        }
+        let status = self.criu.wait().await.map_err(runtime::Error::Lost)?;
+        if status.success() {
+            if let Err(error) = self.keeper.done().await {
+                tracing::debug!(%error, "what would have ended the container had gone before");
+            }
+            return Ok(());
+        }
+        tracing::error!(%status, "the container's memory does not come: it is ended");
+        faults.end_container();
+        Err(failed(&self.work, status.to_string()))
     }
 }
 
@@ -166,55 +185,4 @@ fn failed(work: &Path, status: String) -> Error {
         said: failure_log(work, FailureLog::LazyPages).unwrap_or_default(),
     }
     .into()
-}
-
-/// What stands between a container whose memory is being fetched and pages of zeros.
-///
-/// The kernel asks for what is touched through userfaultfds, which criu lazy-pages has. When the last copy of
-/// one is closed, whoever touches a page that has not come gets zeros and goes on (userfaultfd(2)). So copies
-/// are kept here, with which he waits instead; and if the memory does not come, the container is ended
-/// before they are closed.
-struct Keeper {
-    container: OwnedFd,
-    faults: Vec<OwnedFd>,
-}
-
-impl Keeper {
-    fn of(criu: &Child, container: u32) -> Result<Keeper, Error> {
-        let process = |number: Option<u32>| {
-            let pid = number.and_then(|number| Pid::from_raw(number.cast_signed()));
-            let pid = pid.ok_or(rustix::io::Errno::SRCH)?;
-            pidfd_open(pid, PidfdFlags::empty())
-        };
-        let lost = |errno: rustix::io::Errno| Error::from(runtime::Error::Lost(errno.into()));
-        let container = process(Some(container)).map_err(lost)?;
-        let number = criu.id();
-        let criu = process(number).map_err(lost)?;
-        let directory = PathBuf::from(format!("/proc/{}/fd", number.unwrap_or_default()));
-        let open = std::fs::read_dir(&directory).map_err(Error::file("read", &directory))?;
-        let mut faults = Vec::new();
-        for entry in open.flatten() {
-            let leads_to = std::fs::read_link(entry.path()).unwrap_or_default();
-            let name = entry.file_name();
-            let number = name.to_str().and_then(|name| name.parse().ok());
-            if let (USERFAULTFD, Some(number)) = (leads_to.to_str().unwrap_or_default(), number) {
-                let copy = pidfd_getfd(&criu, number, PidfdGetfdFlags::empty());
-                faults.push(copy.map_err(lost)?);
-            }
-        }
-        Ok(Keeper { container, faults })
-    }
-
-    /// Waits until all of the memory is there, and ends the container if it does not come.
-    async fn watch(self, mut criu: Child, work: PathBuf) -> Result<(), Error> {
-        let status = criu.wait().await.map_err(runtime::Error::Lost)?;
-        if status.success() {
-            return Ok(());
-        }
-        tracing::error!(%status, "the container's memory does not come: it is ended");
-        // It may have ended by itself.
-        let _ = pidfd_send_signal(&self.container, Signal::KILL);
-        drop(self.faults);
-        Err(failed(&work, status.to_string()))
-    }
 }

@@ -184,7 +184,7 @@ impl Shell {
             criu,
         });
         if self.post_copy {
-            let lazy_pages = LazyPages::start(&self.images, &self.work, self.last_words);
+            let lazy_pages = LazyPages::start(config, &self.images, &self.work);
             self.lazy_pages = Some(lazy_pages.await?);
         }
         self.joining = Some(Joining::without_waiting());

@@ -15,7 +15,8 @@
 //!
 //! The real runtimes are started before the container is frozen, on either side. What they call as CRIU is
 //! livemig again ([`held_criu`]), which becomes CRIU in the moment in which it is needed ([`standby`]). While
-//! it copies memory of a container that is to go on, a process of its own sees to it that it does ([`Thaw`]).
+//! it copies memory of a container that is to go on, a process of its own sees to it that it does ([`Thaw`]), and
+//! where memory comes when a container runs already, that it does not go on without ([`Keeper`]).
 
 mod checkpoint;
 mod error;
@@ -23,6 +24,7 @@ mod error;
 pub(crate) mod fuzzing;
 pub mod held_criu;
 pub mod invocation;
+mod keeper;
 pub mod rendezvous;
 pub mod setup;
 pub mod standby;
@@ -32,6 +34,7 @@ pub mod wrapper;
 pub use checkpoint::Checkpoint;
 pub use error::Error;
 pub use invocation::{Invocation, Verb, names_cgroup_in_rounds};
+pub use keeper::{Faults, Keeper};
 pub use rendezvous::{Arrived, Outcome, Rendezvous};
 pub use standby::{CriuOption, OnStandby, Standby};
 pub(crate) use thaw::NAME as THAW;

@@ -30,6 +30,8 @@ pub enum Role {
     Criu(PathBuf),
     /// Whoever sees to it that a container goes on.
     Thaw,
+    /// Whoever sees to it that it does not go on without its memory.
+    Keeper,
 }
 
 impl Role {
@@ -40,6 +42,7 @@ impl Role {
         match name {
             "criu" => Some(Role::Criu(program)),
             super::thaw::NAME => Some(Role::Thaw),
+            super::keeper::NAME => Some(Role::Keeper),
             name if super::setup::RUNTIMES.contains(&name) => Some(Role::Runtime(program)),
             _ => None,
         }
@@ -51,6 +54,7 @@ impl Role {
             Role::Runtime(program) => run(&program, arguments),
             Role::Criu(program) => super::held_criu::run(&program, arguments),
             Role::Thaw => super::thaw::run(&arguments),
+            Role::Keeper => super::keeper::run(&arguments),
         }
     }
 }
