@@ -12,7 +12,6 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
-use rustix::process::{Pid, setpriority_process};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStdout, Command};
@@ -23,13 +22,6 @@ use crate::{Config, Error, runtime};
 
 /// What CRIU looks into first (`check_img_inventory` in `criu/image.c`).
 const INVENTORY: &str = "inventory.img";
-/// When a container has been restored CRIU does not wait for anything any more, it looks again and again, on a
-/// processor that others need to let the container go and to bring it its first packets: until then it is behind
-/// them (as nice(1) counts it).
-const BEHIND: i32 = 15;
-const ORDINARY: i32 = 0;
-/// For so long after the container runs: it answers within a few milliseconds if it finds its memory.
-const AT_FIRST: Duration = Duration::from_millis(10);
 /// How long to wait between two looks whether CRIU has come to where it waits.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -90,7 +82,6 @@ impl LazyPages {
             .kill_on_drop(true)
             .spawn()
             .map_err(start)?;
-        stand(&criu, BEHIND);
         let says = criu.stdout.take().ok_or(Error::OutOfOrder("pipe"))?;
         let keeper = Keeper::start(config, criu.id().unwrap_or_default())?;
         let began = Instant::now();
@@ -174,8 +165,6 @@ impl LazyPages {
         if let Err(error) = self.keeper.keep(container).await {
             tracing::warn!(%error, "if this agent dies the container may go on without its memory");
         }
-        tokio::time::sleep(AT_FIRST).await;
-        stand(&self.criu, ORDINARY);
         let status = self.criu.wait().await.map_err(runtime::Error::Lost)?;
         if status.success() {
             if let Err(error) = self.keeper.done().await {
@@ -186,17 +175,6 @@ impl LazyPages {
         tracing::error!(%status, "the container's memory does not come: it is ended");
         faults.end_container();
         Err(failed(&self.work, status.to_string()))
-    }
-}
-
-/// Says how urgent it is.
-fn stand(criu: &Child, nice: i32) {
-    // Until it is waited for, its number is nobody else's.
-    let pid = criu.id().and_then(|id| Pid::from_raw(id.cast_signed()));
-    if let Some(pid) = pid
-        && let Err(error) = setpriority_process(Some(pid), nice)
-    {
-        tracing::debug!(%error, nice, "criu lazy-pages stays as urgent as it is");
     }
 }
 
