@@ -12,19 +12,15 @@
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{ExitCode, Stdio};
+use std::process::ExitCode;
 
 use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open, pidfd_send_signal,
 };
-use tokio::io::AsyncWriteExt;
-use tokio::process::{Child, ChildStdin};
 
-use super::setup::own_program;
-use super::{Error, Result};
+use super::Result;
+use super::companion::Companion;
 use crate::Config;
 
 /// The name that livemig is called by for this.
@@ -76,63 +72,33 @@ fn open(process: u32) -> io::Result<OwnedFd> {
 
 /// Ends a container when this has gone before all of its memory is there.
 #[derive(Debug)]
-pub struct Keeper {
-    process: Child,
-    /// Closed when this has gone, in whichever way.
-    tells: ChildStdin,
-}
+pub struct Keeper(Companion);
 
 impl Keeper {
     /// Starts the process, for a container whose memory this criu lazy-pages will have.
     ///
     /// # Errors
-    /// [`Error::Start`].
+    /// [`Error::Start`](super::Error::Start).
     pub fn start(config: &Config, criu: u32) -> Result<Keeper> {
-        let program: PathBuf = own_program(config);
-        let failed = |source| Error::Start {
-            program: program.clone(),
-            source,
-        };
-        let mut command = std::process::Command::new(&program);
-        command
-            .arg0(NAME)
-            .arg(criu.to_string())
-            .process_group(0)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let mut process = tokio::process::Command::from(command)
-            .spawn()
-            .map_err(failed)?;
-        let tells = process.stdin.take();
-        let tells = tells.ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
-        Ok(Keeper { process, tells })
+        Companion::start(config, NAME, [criu.to_string()]).map(Keeper)
     }
 
     /// The container is there, with this first process.
     ///
     /// # Errors
-    /// [`Error::Lost`] if the process has gone.
+    /// [`Error::Lost`](super::Error::Lost) if the process has gone.
     pub async fn keep(&mut self, container: u32) -> Result<()> {
-        self.tell(&container.to_string()).await
+        self.0.tell(&container.to_string()).await
     }
 
     /// All of its memory is there. Returns when the process has nothing to do with it any more.
     ///
     /// # Errors
-    /// [`Error::Lost`] if it had gone before.
+    /// [`Error::Lost`](super::Error::Lost) if it had gone before.
     pub async fn done(mut self) -> Result<()> {
-        self.tell(DONE).await?;
-        self.process.wait().await.map_err(Error::Lost)?;
+        self.0.tell(DONE).await?;
+        self.0.end().await?;
         Ok(())
-    }
-
-    async fn tell(&mut self, word: &str) -> Result<()> {
-        let line = format!("{word}\n");
-        self.tells
-            .write_all(line.as_bytes())
-            .await
-            .map_err(Error::Lost)
     }
 }
 

@@ -19,6 +19,7 @@
 //! where memory comes when a container runs already, that it does not go on without ([`Keeper`]).
 
 mod checkpoint;
+mod companion;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;

@@ -6,21 +6,17 @@
 //! that only was to be copied would stand still until somebody calls for `livemig recover`. So this process
 //! is started before the cgroup is frozen. It waits until livemig has no more use for it, or has died; then
 //! until CRIU has ended, before which a thaw could be undone again; and thaws.
-//!
-//! It is a process of its own group: what a terminal sends to livemig does not end it.
 
 use std::ffi::OsString;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
-use std::process::{ExitCode, Stdio};
+use std::process::ExitCode;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tokio::process::{Child, ChildStdin};
 
-use super::setup::own_program;
+use super::companion::Companion;
 use super::{Error, Result};
 use crate::Config;
 use crate::criu::Freezer;
@@ -31,11 +27,7 @@ pub(crate) const NAME: &str = "livemig-thaw";
 
 /// Thaws a container, at the latest when this has gone and CRIU has ended.
 #[derive(Debug)]
-pub struct Thaw {
-    process: Child,
-    /// Closed when this has gone, in whichever way.
-    open: ChildStdin,
-}
+pub struct Thaw(Companion);
 
 impl Thaw {
     /// Starts the process, for a container that is about to be frozen for the process `criu`.
@@ -48,37 +40,20 @@ impl Thaw {
         freezer: &Freezer,
         criu: u32,
     ) -> Result<Thaw> {
-        let program = own_program(config);
-        let failed = |source| Error::Start {
-            program: program.clone(),
-            source,
-        };
-        let freezer = serde_json::to_string(freezer)
-            .map_err(io::Error::from)
-            .map_err(failed)?;
-        let mut command = std::process::Command::new(&program);
-        command
-            .arg0(NAME)
-            .args([container.as_str(), &criu.to_string(), &freezer])
-            .process_group(0)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let mut process = tokio::process::Command::from(command)
-            .spawn()
-            .map_err(failed)?;
-        let open = process.stdin.take();
-        let open = open.ok_or_else(|| failed(io::ErrorKind::BrokenPipe.into()))?;
-        Ok(Thaw { process, open })
+        let freezer = serde_json::to_string(freezer).map_err(|error| Error::Start {
+            program: NAME.into(),
+            source: error.into(),
+        })?;
+        let arguments = [container.as_str(), &criu.to_string(), &freezer];
+        Companion::start(config, NAME, arguments).map(Thaw)
     }
 
     /// Has it do its work, and waits until it is done: from then on it thaws nothing any more.
     ///
     /// # Errors
     /// [`Error::Failed`] if it could not.
-    pub async fn done(mut self) -> Result<()> {
-        drop(self.open);
-        let status = self.process.wait().await.map_err(Error::Lost)?;
+    pub async fn done(self) -> Result<()> {
+        let status = self.0.end().await?;
         match status.success() {
             true => Ok(()),
             false => Err(Error::Failed {
@@ -132,7 +107,7 @@ fn ended(process: &OwnedFd) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::process::{Child, Command};
+    use std::process::{Child, Command, Stdio};
     use std::sync::mpsc;
     use std::time::Duration;
 
