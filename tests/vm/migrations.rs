@@ -8,8 +8,8 @@
 //! `LIVEMIG_VM_PARTS` among these `migrations` and what comes after them, `clocks` and `power`.
 //!
 //! `demo` moves a small container with each engine and says what came of it; `test` moves one for every
-//! runtime, workload and engine, and writes `target/bench/vm.json` and `vm-growth.svg`. Software emulation makes everything
-//! some ten times slower, and not evenly so: of its figures only ratios mean anything.
+//! runtime, workload and engine, and writes `target/bench/vm.json` and `vm-growth.svg`. Software emulation
+//! makes everything some ten times slower, and not evenly so: of its figures only ratios mean anything.
 
 #[path = "clocks.rs"]
 mod clocks;
@@ -86,8 +86,7 @@ const RUNTIMES: [&str; 2] = ["crun", "runc"];
 /// What runs in a container. All of them answer the client.
 struct Workload {
     name: &'static str,
-    command: &'static [&'static str],
-    /// Its memory in MiB.
+    /// Its memory in MiB; none that counts where it only echoes.
     memory: u64,
     /// How much of that is written to in a second, in percent.
     percent: f64,
@@ -102,7 +101,6 @@ struct Workload {
 const WORKLOADS: [Workload; 5] = [
     Workload {
         name: "echo",
-        command: &["echo", PORT],
         memory: 0,
         percent: 0.0,
         engines: &["rest", "direct"],
@@ -110,31 +108,36 @@ const WORKLOADS: [Workload; 5] = [
     },
     Workload {
         name: "64MiB-dirty",
-        command: &["touch", "64", "1", PORT],
         memory: 64,
         percent: 1.0,
         engines: &["rest", "direct", "precopy", "postcopy", "hybrid"],
         runtimes: &RUNTIMES,
     },
-    growing("64MiB-steady", &["touch", "64", "2", PORT], 64, 2.0),
-    growing("128MiB-steady", &["touch", "128", "1", PORT], 128, 1.0),
-    growing("256MiB-steady", &["touch", "256", "0.5", PORT], 256, 0.5),
+    growing("64MiB-steady", 64, 2.0),
+    growing("128MiB-steady", 128, 1.0),
+    growing("256MiB-steady", 256, 0.5),
 ];
 
 /// One of those that show what becomes of the downtime when there is more memory.
-const fn growing(
-    name: &'static str,
-    command: &'static [&'static str],
-    memory: u64,
-    percent: f64,
-) -> Workload {
+const fn growing(name: &'static str, memory: u64, percent: f64) -> Workload {
     Workload {
         name,
-        command,
         memory,
         percent,
         engines: &growth::ENGINES,
         runtimes: &[growth::RUNTIME],
+    }
+}
+
+impl Workload {
+    /// The arguments of the workload program.
+    fn command(&self) -> Vec<String> {
+        let (memory, percent) = (self.memory.to_string(), self.percent.to_string());
+        let words = match self.memory {
+            0 => vec!["echo", PORT],
+            _ => vec!["touch", &memory, &percent, PORT],
+        };
+        words.into_iter().map(str::to_owned).collect()
     }
 }
 
@@ -349,9 +352,10 @@ async fn migration(clock: &Clock, lab: &Lab, case: &Case) -> Value {
         runtime,
         workload,
     } = case;
+    let command = workload.command();
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
     let Workload {
         name: workload,
-        command,
         memory,
         percent,
         ..
@@ -366,7 +370,7 @@ async fn migration(clock: &Clock, lab: &Lab, case: &Case) -> Value {
         ),
     );
     let publish = format!("{PORT}:{PORT}");
-    a.run_workload("web", &["-p", &publish], command).await;
+    a.run_workload("web", &["-p", &publish], &command).await;
     clock.step(
         "c1",
         &format!("one connection to {}:{PORT}, a request every 10 ms", a.ip()),
