@@ -72,7 +72,9 @@ struct End {
     wire: Arc<WireState>,
 }
 
-struct AbortOnDrop(AbortHandle);
+/// Ends a task when it goes.
+#[derive(Debug)]
+pub(super) struct AbortOnDrop(pub AbortHandle);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

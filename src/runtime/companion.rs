@@ -2,9 +2,12 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{ExitStatus, Stdio};
 
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin};
 
@@ -69,4 +72,14 @@ impl Companion {
         drop(self.tells);
         self.process.wait().await.map_err(Error::Lost)
     }
+}
+
+/// A process that it was told the number of, and that is this one for as long as it has it.
+///
+/// # Errors
+/// `ESRCH` if it has gone.
+pub(super) fn process(number: u32) -> io::Result<OwnedFd> {
+    let number = i32::try_from(number).ok().and_then(Pid::from_raw);
+    let number = number.ok_or(Errno::SRCH)?;
+    Ok(pidfd_open(number, PidfdFlags::empty())?)
 }

@@ -14,13 +14,10 @@ use std::io::{self, BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
-use rustix::io::Errno;
-use rustix::process::{
-    Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open, pidfd_send_signal,
-};
+use rustix::process::{PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_send_signal};
 
 use super::Result;
-use super::companion::Companion;
+use super::companion::{Companion, process};
 use crate::Config;
 
 /// The name that livemig is called by for this.
@@ -43,15 +40,15 @@ impl Faults {
     /// # Errors
     /// If one of them has gone.
     pub fn of(criu: u32, container: u32) -> io::Result<Faults> {
-        let container = open(container)?;
-        let process = open(criu)?;
+        let container = process(container)?;
+        let lazy_pages = process(criu)?;
         let mut copies = Vec::new();
         for entry in std::fs::read_dir(format!("/proc/{criu}/fd"))?.flatten() {
             let leads_to = std::fs::read_link(entry.path()).unwrap_or_default();
             let name = entry.file_name();
             let number = name.to_str().and_then(|name| name.parse().ok());
             if let (USERFAULTFD, Some(number)) = (leads_to.to_str().unwrap_or_default(), number) {
-                copies.push(pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?);
+                copies.push(pidfd_getfd(&lazy_pages, number, PidfdGetfdFlags::empty())?);
             }
         }
         Ok(Faults { container, copies })
@@ -63,11 +60,6 @@ impl Faults {
         let _ = pidfd_send_signal(&self.container, Signal::KILL);
         drop(self.copies);
     }
-}
-
-fn open(process: u32) -> io::Result<OwnedFd> {
-    let number = i32::try_from(process).ok().and_then(Pid::from_raw);
-    Ok(pidfd_open(number.ok_or(Errno::SRCH)?, PidfdFlags::empty())?)
 }
 
 /// Ends a container when this has gone before all of its memory is there.

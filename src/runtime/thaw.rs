@@ -14,9 +14,8 @@ use std::process::ExitCode;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::companion::Companion;
+use super::companion::{Companion, process};
 use super::{Error, Result};
 use crate::Config;
 use crate::criu::Freezer;
@@ -82,12 +81,11 @@ pub(super) fn run(arguments: &[OsString]) -> ExitCode {
 
 /// Waits for the end of what `open` reads, then for that of CRIU, and thaws.
 fn wait_and_thaw(mut open: impl Read, criu: u32, freezer: &Freezer) -> io::Result<()> {
-    let number = i32::try_from(criu).ok().and_then(Pid::from_raw);
     // Before anything else: as long as livemig is there, so is what it has told the number of.
-    let criu = match number.map(|number| pidfd_open(number, PidfdFlags::empty())) {
-        Some(Ok(criu)) => Some(criu),
-        None | Some(Err(Errno::SRCH)) => None,
-        Some(Err(error)) => return Err(error.into()),
+    let criu = match process(criu) {
+        Ok(criu) => Some(criu),
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => None,
+        Err(error) => return Err(error),
     };
     // Nobody writes anything: that there is no more to read is all.
     let waited = io::copy(&mut open, &mut io::sink()).map(|_| ());

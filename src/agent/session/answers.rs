@@ -7,8 +7,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::task::AbortHandle;
-
+use super::super::client::AbortOnDrop;
 use crate::conntrack::{Flow, Protocol};
 use crate::netlink::Namespace;
 use crate::netlink::sockets::{Diagnosis, Progress};
@@ -26,7 +25,7 @@ const LONGEST: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Answers {
     seen: Arc<Mutex<Seen>>,
-    looks: AbortHandle,
+    _looks: AbortOnDrop,
 }
 
 /// What has been seen so far.
@@ -46,19 +45,13 @@ impl Answers {
         let looks = tokio::spawn(look(namespace, connections(flows), seen.clone()));
         Answers {
             seen,
-            looks: looks.abort_handle(),
+            _looks: AbortOnDrop(looks.abort_handle()),
         }
     }
 
     /// What has been seen.
     pub fn seen(self) -> Seen {
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Answers {
-    fn drop(&mut self) {
-        self.looks.abort();
     }
 }
 
